@@ -1,0 +1,1 @@
+"""Django caches that are told when what they hold has changed."""

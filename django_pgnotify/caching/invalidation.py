@@ -1,0 +1,128 @@
+"""``invalidates()``: delete keys of a Django cache when a source changes, on every node.
+
+What a gap means here: frames may have been missed, and nobody can say for which rows. Where the
+cache backend offers ``delete_pattern`` (django-redis and django-valkey do) and every key template
+begins with literal text, the keys with those beginnings are deleted. Everywhere else
+**the whole cache alias is cleared**. Give what must survive that an alias of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from django.core.cache import caches
+
+from .. import signals
+from ..events import Event, check_actions
+from ..exceptions import InvalidArgument, InvalidTemplate
+from ..registry import (
+    Receiver,
+    Source,
+    check_signature,
+    check_sources,
+    describe,
+    registry,
+    source_name,
+)
+from ..templates import check_template, fields_of, fill, literal_head
+
+logger = logging.getLogger("django_pgnotify.caching")
+
+Keys = Iterable[str] | Callable[[Event], Iterable[str] | str | None]
+
+
+def invalidates(
+    source: Source | Iterable[Source],
+    *,
+    keys: Keys,
+    cache: str = "default",
+    actions: Iterable[str] | None = None,
+    version: int | None = None,
+    dispatch_uid: str | None = None,
+) -> None:
+    """Delete keys of a cache for each event of a source, in every listener.
+
+    After a gap the whole alias is cleared, or the keys that begin as the templates do where the
+    backend can delete by pattern. A ``pglisten`` cannot reach into another process's memory:
+    the alias must be one that is shared on the node or beyond (Redis, memcached, file, database).
+
+    Args:
+        source: a model class, a topic, or a list of them.
+        keys: key templates over the fields of an event (``["order:{pk}", "orders"]``), or a
+            function of the event that returns keys.
+        cache: alias in CACHES.
+        actions: only these actions.
+        version: of the keys, as Django's cache API takes it.
+        dispatch_uid: a name of its own, as for ``receiver``.
+
+    Raises:
+        InvalidTemplate: a template is malformed or names no field of an event.
+        InvalidTopic, InvalidAction, InvalidArgument: bad arguments.
+        DuplicateReceiver: this source invalidates these keys already.
+    """
+    sources = check_sources(source)
+    templates = _check_keys(keys)
+    if not isinstance(cache, str) or not cache:
+        raise InvalidArgument(f"cache= takes an alias of CACHES; got {cache!r}.")
+    heads = [literal_head(template) for template in templates]
+
+    def invalidate(event: Event) -> None:
+        if event.action == "gap":
+            _clear(caches[cache], cache, heads, version)
+            stale: list[str] | None = None
+        else:
+            stale = _keys_of(keys, templates, event)
+            if not stale:
+                return
+            caches[cache].delete_many(stale, version=version)
+        signals.cache_invalidated.send_robust(source, event=event, cache=cache, keys=stale)
+
+    names = ",".join(source_name(one) for one in sources)
+    what = ",".join(templates) if templates else describe(keys)  # type: ignore[arg-type]
+    registry.add(
+        Receiver(
+            uid=dispatch_uid or f"invalidates:{names}->{cache}:{what}",
+            func=invalidate,
+            sources=sources,
+            actions=check_actions(actions),
+            every_node=True,
+            on_gap=True,
+            purpose={"cache": cache},
+        ),
+        explicit_uid=True,
+    )
+
+
+def _check_keys(keys: object) -> list[str]:
+    if callable(keys):
+        check_signature(keys)
+        return []
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        raise InvalidTemplate(
+            f"keys= takes a list of key templates or a function of one event; got {keys!r}."
+        )
+    templates = [check_template(key, "keys=") for key in keys]
+    if not templates:
+        raise InvalidTemplate("keys= is empty, so nothing would be invalidated.")
+    return templates
+
+
+def _keys_of(keys: Keys, templates: list[str], event: Event) -> list[str]:
+    if templates:
+        return [fill(template, fields_of(event)) for template in templates]
+    found = keys(event)  # type: ignore[operator]
+    if found is None:
+        return []
+    return [found] if isinstance(found, str) else list(found)
+
+
+def _clear(cache: Any, alias: str, heads: list[str], version: int | None) -> None:
+    if heads and all(heads) and hasattr(cache, "delete_pattern"):
+        for head in heads:
+            cache.delete_pattern(f"{head}*", version=version)
+        logger.warning("Cache %r: keys that begin with %s deleted after a gap", alias, heads)
+    else:
+        cache.clear()
+        logger.warning("Cache %r: cleared whole after a gap", alias)

@@ -1,0 +1,187 @@
+"""System checks: what is wrong with a project's use of the bus, before it runs.
+
+========== ========================================================================
+E001       A ``PGNOTIFY_*DATABASE`` alias is missing or not PostgreSQL.
+E002       psycopg is missing or too old.
+E003       A ``PGNOTIFY_*`` setting is unknown or invalid.
+E004       ``PGNOTIFY_MODELS`` cannot be applied.
+E005       Something is forwarded and there is no such channel layer.
+E006       ``invalidates`` names a cache alias that is not in CACHES.
+W001       Something is forwarded through InMemoryChannelLayer, which is per process.
+W002       ``invalidates`` names a LocMemCache or DummyCache, which is per process.
+W003       A receiver of a model that publishes nothing.
+W004       A topic that looks like a model's label and is not that model's topic.
+W005       The listening alias looks as if it went through a pooler.
+========== ========================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from django.apps import apps
+from django.conf import settings
+from django.core import checks
+from django.core.checks import CheckMessage
+
+from .conf import conf, problems
+from .exceptions import PgNotifyError, UnsupportedDatabase
+from .publishing import model_signals
+from .publishing.sender import check_alias
+from .registry import is_model, registry
+
+MINIMUM_PSYCOPG = (3, 2, 10)
+
+_PER_PROCESS_CACHES = (
+    "django.core.cache.backends.locmem.LocMemCache",
+    "django.core.cache.backends.dummy.DummyCache",
+)
+_PER_PROCESS_LAYER = "channels.layers.InMemoryChannelLayer"
+
+
+def register() -> None:
+    """Add the checks to Django's; called once the apps are ready."""
+    for check in (check_settings, check_psycopg, check_databases, check_receivers):
+        checks.register(_listed(check), "pgnotify")
+
+
+def _listed(check: Callable[[], Iterator[CheckMessage]]) -> Callable[..., list[CheckMessage]]:
+    def run(**kwargs: Any) -> list[CheckMessage]:
+        return list(check())
+
+    run.__qualname__ = check.__qualname__
+    return run
+
+
+def check_settings() -> Iterator[CheckMessage]:
+    for problem in problems():
+        yield checks.Error(
+            problem, hint="docs/settings lists the settings and their types.", id="pgnotify.E003"
+        )
+    for problem in model_signals.configuration_errors:
+        yield checks.Error(
+            problem,
+            hint="Keys are model labels ('auth.User'); options are those of notify_changes().",
+            id="pgnotify.E004",
+        )
+
+
+def check_psycopg() -> Iterator[CheckMessage]:
+    try:
+        import psycopg
+    except ImportError:
+        yield checks.Error(
+            "psycopg 3 is not installed.",
+            hint="pip install 'django-pgnotify[binary]'",
+            id="pgnotify.E002",
+        )
+        return
+    found = tuple(int(part) for part in psycopg.__version__.split(".")[:3] if part.isdigit())
+    if found < MINIMUM_PSYCOPG:
+        yield checks.Error(
+            f"psycopg {psycopg.__version__} loses or leaks notifications.",
+            hint=f"Upgrade to {'.'.join(map(str, MINIMUM_PSYCOPG))} or later.",
+            id="pgnotify.E002",
+        )
+
+
+def check_databases() -> Iterator[CheckMessage]:
+    try:
+        named = {"PGNOTIFY_DATABASE": conf.DATABASE}
+        if conf.LISTEN_DATABASE is not None:
+            named["PGNOTIFY_LISTEN_DATABASE"] = conf.LISTEN_DATABASE
+    except PgNotifyError:
+        return  # E003 says so
+    for name, alias in named.items():
+        try:
+            check_alias(alias)
+        except UnsupportedDatabase as exc:
+            yield checks.Error(
+                f"{name}: {exc}",
+                hint="Name a DATABASES alias with ENGINE django.db.backends.postgresql.",
+                id="pgnotify.E001",
+            )
+    config = settings.DATABASES.get(conf.listen_database, {})
+    if conf.LISTEN_DATABASE is None and config.get("DISABLE_SERVER_SIDE_CURSORS"):
+        yield checks.Warning(
+            f"Database {conf.listen_database!r} disables server-side cursors, as one does behind "
+            f"a transaction pooler; LISTEN does not work through one.",
+            hint="Add an alias that goes to the server itself and name it in "
+            "PGNOTIFY_LISTEN_DATABASE. 'manage.py pglisten --check' tells for sure.",
+            id="pgnotify.W005",
+        )
+
+
+def check_receivers() -> Iterator[CheckMessage]:
+    labels = {model._meta.label_lower: model for model in apps.get_models()}
+    for receiver in registry.receivers:
+        for source, subscription in zip(
+            receiver.sources, registry.subscriptions(receiver), strict=True
+        ):
+            if is_model(source):
+                if subscription.model not in registry.publications:
+                    yield checks.Warning(
+                        f"Receiver {receiver.uid} waits for changes of {source._meta.label}, "
+                        f"which publishes none in this project.",
+                        hint="Decorate the model with @notify_changes or add it to "
+                        "PGNOTIFY_MODELS.",
+                        id="pgnotify.W003",
+                    )
+                continue
+            model = labels.get(subscription.topic.lower())
+            if model is not None and registry.subscription(model).topic != subscription.topic:
+                yield checks.Warning(
+                    f"Receiver {receiver.uid} listens to the topic {subscription.topic!r}; the "
+                    f"changes of {model._meta.label} are published on "
+                    f"{registry.subscription(model).topic!r}.",
+                    hint="Pass the model class, or its topic.",
+                    id="pgnotify.W004",
+                )
+        if "layer" in receiver.purpose:
+            yield from _check_layer(receiver.uid, receiver.purpose["layer"])
+        if "cache" in receiver.purpose:
+            yield from _check_cache(receiver.uid, receiver.purpose["cache"])
+
+
+def _check_layer(uid: str, alias: str) -> Iterator[CheckMessage]:
+    try:
+        import channels  # noqa: F401
+    except ImportError:
+        yield checks.Error(
+            f"{uid}: Django Channels is not installed.",
+            hint="pip install 'django-pgnotify[channels]'",
+            id="pgnotify.E005",
+        )
+        return
+    config = getattr(settings, "CHANNEL_LAYERS", {}).get(alias)
+    if config is None:
+        yield checks.Error(
+            f"{uid}: CHANNEL_LAYERS has no layer {alias!r}.",
+            hint="Add one; django_pgnotify.layers.PostgresChannelLayer needs no other server.",
+            id="pgnotify.E005",
+        )
+    elif config.get("BACKEND") == _PER_PROCESS_LAYER:
+        yield checks.Warning(
+            f"{uid}: layer {alias!r} is InMemoryChannelLayer, which stays in one process; what "
+            f"pglisten forwards never reaches a browser.",
+            hint="Use django_pgnotify.layers.PostgresChannelLayer or channels_redis.",
+            id="pgnotify.W001",
+        )
+
+
+def _check_cache(uid: str, alias: str) -> Iterator[CheckMessage]:
+    config = settings.CACHES.get(alias)
+    if config is None:
+        yield checks.Error(
+            f"{uid}: CACHES has no alias {alias!r}.",
+            hint=f"Choose from {', '.join(map(repr, settings.CACHES))}.",
+            id="pgnotify.E006",
+        )
+    elif config.get("BACKEND") in _PER_PROCESS_CACHES:
+        yield checks.Warning(
+            f"{uid}: cache {alias!r} is {config['BACKEND'].rpartition('.')[2]}; another process's "
+            f"memory cannot be reached, so nothing would be invalidated there.",
+            hint="Name a cache that processes share: Redis, memcached, file or database.",
+            id="pgnotify.W002",
+        )

@@ -1,0 +1,183 @@
+"""The ``PGNOTIFY_*`` settings: read live, with types and defaults. Nothing else reads them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, overload
+
+from django.conf import settings
+
+from .events import DELIVERIES, Delivery, check_delivery
+from .exceptions import InvalidSetting, PgNotifyError
+
+T = TypeVar("T")
+
+PREFIX = "PGNOTIFY_"
+
+
+class Setting(Generic[T]):
+    """One setting: a descriptor that reads ``settings.PGNOTIFY_<NAME>`` at each access.
+
+    Args:
+        default: value where the setting is absent; a function is called for it.
+        parse: returns the value if it is valid, raises ValueError or TypeError otherwise.
+    """
+
+    name: str
+
+    def __init__(self, default: T | Callable[[], T], parse: Callable[[Any], T]) -> None:
+        self._default = default
+        self._parse = parse
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = PREFIX + name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Setting[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> Setting[T] | T:
+        if instance is None:
+            return self
+        try:
+            value = getattr(settings, self.name)
+        except AttributeError:
+            return self._default() if callable(self._default) else self._default
+        try:
+            return self._parse(value)
+        except (TypeError, ValueError) as exc:
+            raise InvalidSetting(f"{self.name} = {value!r}: {exc}") from exc
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a non-empty string.")
+    return value
+
+
+def _text_or_empty(value: Any) -> str:
+    if not isinstance(value, str) or "\x00" in value:
+        raise ValueError("expected a string without NUL.")
+    if len(value.encode()) > 24:
+        raise ValueError("longer than 24 bytes; a channel name has 63 for prefix and topic.")
+    return value
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected True or False.")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise ValueError("expected a number of seconds above 0.")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("expected a whole number of at least 1.")
+    return value
+
+
+def _models(value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict):
+        raise ValueError("expected a dict such as {'auth.User': {'fields': ['email']}}.")
+    for label, options in value.items():
+        if not isinstance(label, str) or label.count(".") != 1:
+            raise ValueError(f"{label!r} is not a model label such as 'auth.User'.")
+        if not isinstance(options, dict):
+            raise ValueError(f"the options of {label!r} are {options!r}; expected a dict.")
+        unknown = set(options) - MODEL_OPTIONS
+        if unknown:
+            raise ValueError(
+                f"{label!r} has the unknown option {sorted(unknown)[0]!r}; "
+                f"choose from {', '.join(sorted(MODEL_OPTIONS))}."
+            )
+    return value
+
+
+MODEL_OPTIONS = frozenset({"fields", "topic", "actions", "delivery", "using"})
+
+
+class Conf:
+    """All settings of django-pgnotify, by name without the prefix."""
+
+    DATABASE = Setting("default", _text)
+    """Alias that ``publish()`` sends on."""
+    LISTEN_DATABASE = Setting(None, _optional_text)
+    """Alias that listeners connect to, past a pooler; None means ``DATABASE``."""
+    DELIVERY: Setting[Delivery] = Setting("after_commit", check_delivery)
+    """Tier of every topic that does not name its own."""
+    MODELS = Setting[dict[str, dict[str, Any]]](dict, _models)
+    """Models of other apps that publish their changes: label to ``notify_changes`` options."""
+    CHANNEL_PREFIX = Setting("", _text_or_empty)
+    """Put before every wire channel, so that several deployments can share a database."""
+    SIGNING = Setting(False, _flag)
+    """Sign frames with SECRET_KEY, and drop those that are not."""
+    PUBLISH_RAW = Setting(False, _flag)
+    """Publish rows saved by ``loaddata`` too."""
+    NODE = Setting(socket.gethostname, _text)
+    """Name of this machine or container."""
+    HEARTBEAT_INTERVAL = Setting(10.0, _seconds)
+    """Seconds between two proofs that the listening connection is alive."""
+    HEARTBEAT_TIMEOUT = Setting(5.0, _seconds)
+    """Seconds within which a proof, or any statement of the listener, must be answered."""
+    CONNECT_TIMEOUT = Setting(10.0, _seconds)
+    """Seconds that one attempt to connect may take."""
+    RECONNECT_MAX_DELAY = Setting(30.0, _seconds)
+    """Upper bound, in seconds, of the pause between two attempts to connect."""
+    LEADER_POLL_INTERVAL = Setting(1.0, _seconds)
+    """Seconds between two attempts of a standby to become the leader."""
+    CONCURRENCY = Setting(8, _count)
+    """Receivers that may run at once in one listener."""
+    SHUTDOWN_TIMEOUT = Setting(30.0, _seconds)
+    """Seconds that running receivers get to finish after the first signal."""
+    QUEUE_MAX_EVENTS = Setting(100_000, _count)
+    """Events that may wait for one receiver; beyond it they are dropped into one gap."""
+    STORED_RETENTION = Setting(3600.0, _seconds)
+    """Seconds for which an event too big for NOTIFY is kept in its table."""
+
+    @property
+    def listen_database(self) -> str:
+        """The alias that listeners connect to."""
+        return self.LISTEN_DATABASE or self.DATABASE
+
+    @property
+    def source(self) -> str:
+        """``node:pid`` of this process."""
+        return f"{self.NODE}:{os.getpid()}"
+
+
+conf = Conf()
+
+SETTINGS: dict[str, Setting[Any]] = {
+    setting.name: setting for setting in vars(Conf).values() if isinstance(setting, Setting)
+}
+
+
+def problems() -> list[str]:
+    """What is wrong with the settings of this project, one sentence each."""
+    found = []
+    for name in dir(settings):
+        if name.startswith(PREFIX) and name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            found.append(f"Unknown setting {name}.{hint}")
+    for setting in SETTINGS.values():
+        try:
+            setting.__get__(conf, Conf)
+        except PgNotifyError as exc:
+            found.append(str(exc))
+    return found
+
+
+__all__ = ["DELIVERIES", "SETTINGS", "Conf", "conf", "problems"]

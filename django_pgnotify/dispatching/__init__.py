@@ -1,0 +1,1 @@
+"""From decoded events to calls of receivers: lanes, limits, order, retries."""

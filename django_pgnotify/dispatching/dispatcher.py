@@ -1,0 +1,189 @@
+"""The dispatcher: routes batches of events to the lanes of the receivers that asked for them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from ..events import Event
+from ..registry import Receiver, Subscription, accepts
+from ..stats import Stats
+from ..wire import gap_event
+from .lane import Lane
+from .runner import Runner
+
+logger = logging.getLogger("django_pgnotify.dispatching")
+
+
+class Route(NamedTuple):
+    """One receiver and the streams it hears."""
+
+    receiver: Receiver
+    subscriptions: tuple[Subscription, ...]
+
+
+class Dispatcher:
+    """Consumer of an intake: the receivers' side of a listener.
+
+    Args:
+        routes: the receivers and their streams.
+        concurrency: receivers that may run at once, of all together.
+        max_waiting: events that may wait for one receiver.
+        stats: ``handled``, ``failed``, ``retried``, ``dropped`` are counted here.
+        using: alias that gap events say they came from.
+    """
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        *,
+        concurrency: int,
+        max_waiting: int,
+        stats: Stats,
+        using: str | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stats = stats
+        self._using = using
+        self._leader = False
+        self._stopping = False
+        self._idle: asyncio.Event = asyncio.Event()
+        self._runner = Runner(concurrency, stats, self._worker_ended)
+        self._routes = [(route, Lane(route.receiver, max_waiting)) for route in routes]
+        self._by_topic: dict[str, list[tuple[Lane, str | None]]] = {}
+        for route, lane in self._routes:
+            for topic, model in {(s.topic, s.model): None for s in route.subscriptions}:
+                self._by_topic.setdefault(topic, []).append((lane, model))
+        self._overflowing: dict[Lane, datetime] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Events that wait in all lanes."""
+        return sum(lane.waiting for _, lane in self._routes)
+
+    @property
+    def running(self) -> int:
+        """Receivers that run now."""
+        return sum(lane.running for _, lane in self._routes)
+
+    # -- from the intake, on the loop ---------------------------------------------------------
+
+    def dispatch(self, events: Sequence[Event]) -> None:
+        """Hand each event to the lanes of its topic; a batch goes to a lane together."""
+        if self._stopping:
+            return
+        batches: dict[Lane, list[Event]] = {}
+        for event in events:
+            lanes = self._by_topic.get(event.topic)
+            if lanes is None:
+                logger.info("No receiver for an event of topic %r", event.topic)
+                continue
+            chosen: Lane | None = None
+            for lane, model in lanes:
+                if lane is chosen or (model is not None and model != event.model):
+                    continue
+                receiver = lane.receiver
+                if (self._leader or receiver.every_node) and accepts(receiver, event):
+                    batches.setdefault(lane, []).append(event)
+                    chosen = lane  # a topic named twice by one receiver is heard once
+        for lane, batch in batches.items():
+            self._put(lane, batch)
+
+    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
+        for route, lane in self._routes:
+            receiver = lane.receiver
+            if receiver.on_gap and receiver.every_node is not for_leader:
+                for topic in dict.fromkeys(s.topic for s in route.subscriptions):
+                    self._put_gap(lane, topic, since, until, cause)
+
+    def led(self, leader: bool) -> None:
+        if leader is not self._leader:
+            self._leader = leader
+            logger.info("This listener is %s", "the leader" if leader else "a standby")
+
+    @property
+    def leader(self) -> bool:
+        return self._leader
+
+    # -- lanes and workers --------------------------------------------------------------------
+
+    def _put(self, lane: Lane, batch: list[Event]) -> None:
+        # Once one event is dropped, so is all that follows, until the gap that tells of it is in.
+        refused = len(batch) if lane in self._overflowing else lane.put(batch)
+        if refused:
+            self._stats.add("dropped", refused)
+            if lane not in self._overflowing:
+                self._overflowing[lane] = datetime.now(UTC)
+                logger.error(
+                    "Receiver %s does not keep up: events are dropped into a gap",
+                    lane.receiver.uid,
+                    extra={"receiver": lane.receiver.uid},
+                )
+        self._work_on(lane)
+
+    def _put_gap(
+        self, lane: Lane, topic: str, since: datetime, until: datetime, cause: str
+    ) -> None:
+        lane.put_gap(gap_event(topic, since=since, until=until, cause=cause, using=self._using))
+        self._work_on(lane)
+
+    def _work_on(self, lane: Lane) -> None:
+        self._idle.clear()
+        for _ in range(lane.hire()):
+            self._runner.start(lane)
+
+    def _worker_ended(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._look_again)
+        except RuntimeError:
+            pass  # the loop was closed while a receiver ran on: nobody is left to tell
+
+    def _look_again(self) -> None:
+        self._end_overflows()
+        if not self._stopping:
+            for _, lane in self._routes:
+                for _ in range(lane.hire()):
+                    self._runner.start(lane)
+        if all(lane.idle for _, lane in self._routes):
+            self._idle.set()
+
+    def _end_overflows(self) -> None:
+        """A lane with room again hears of what it missed, before anything newer."""
+        for lane, since in list(self._overflowing.items()):
+            if lane.waiting <= lane.max_waiting // 2:
+                del self._overflowing[lane]
+                if lane.receiver.on_gap:
+                    route = next(route for route, other in self._routes if other is lane)
+                    now = datetime.now(UTC)
+                    for topic in dict.fromkeys(s.topic for s in route.subscriptions):
+                        cause = "the receiver did not keep up"
+                        self._put_gap(lane, topic, since, now, cause)
+
+    # -- the end ------------------------------------------------------------------------------
+
+    async def settled(self) -> None:
+        """Wait until every event handed over so far has been handled."""
+        while not all(lane.idle for _, lane in self._routes):
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def drain(self, timeout: float) -> bool:
+        """Finish what runs and what waits, within ``timeout`` seconds; tells whether it did."""
+        self._runner.stop_retrying()
+        try:
+            async with asyncio.timeout(timeout):
+                await self.settled()
+        except TimeoutError:
+            pass
+        self._stopping = True
+        unfinished = self.running
+        for _, lane in self._routes:
+            dropped = lane.clear()
+            if dropped:
+                self._stats.add("dropped", dropped)
+                logger.error("Receiver %s: %d event(s) dropped", lane.receiver.uid, dropped)
+        self._runner.close()
+        return unfinished == 0

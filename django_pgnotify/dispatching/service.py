@@ -1,0 +1,232 @@
+"""One listener with its receivers: what ``pglisten`` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.db import DatabaseError, close_old_connections
+
+from ..conf import conf
+from ..events import Event
+from ..listening.connection import Notification
+from ..listening.intake import Intake
+from ..listening.listener import Listener
+from ..registry import Registry, registry
+from ..stats import Stats
+from .dispatcher import Dispatcher, Route
+
+logger = logging.getLogger("django_pgnotify.dispatching")
+
+PRUNE_INTERVAL = 60.0
+
+
+def routes_of(registry: Registry, topics: Iterable[str] | None = None) -> list[Route]:
+    """The registered receivers with their streams; only those on ``topics`` where given."""
+    only = None if topics is None else frozenset(topics)
+    routes = []
+    for receiver in registry.receivers:
+        subscriptions = registry.subscriptions(receiver)
+        if only is not None:
+            subscriptions = tuple(s for s in subscriptions if s.topic in only)
+        if subscriptions:
+            routes.append(Route(receiver, subscriptions))
+    return routes
+
+
+class _Observed:
+    """A consumer that shows every batch to somebody before the dispatcher gets it."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, observe: Callable[[Sequence[Event]], None]
+    ) -> None:
+        self._observe = observe
+        self._dispatcher = dispatcher
+        self.gap = dispatcher.gap
+        self.led = dispatcher.led
+
+    def dispatch(self, events: Sequence[Event]) -> None:
+        self._observe(events)
+        self._dispatcher.dispatch(events)
+
+
+class Service:
+    """A listener, its intake and its dispatcher. Make it and run it on one event loop.
+
+    Args:
+        using: database alias to listen on.
+        topics: only these; default all topics that have a receiver.
+        concurrency: receivers that may run at once; default ``PGNOTIFY_CONCURRENCY``.
+        observe: told of every batch of events before it is dispatched.
+        on_ready: called when established: at the start and after each loss.
+        on_lost: called with the cause and the seconds to the next attempt.
+        health_file: kept up to date with the state of this listener, as JSON.
+    """
+
+    def __init__(
+        self,
+        using: str,
+        *,
+        topics: Sequence[str] | None = None,
+        concurrency: int | None = None,
+        observe: Callable[[Sequence[Event]], None] | None = None,
+        on_ready: Callable[[], None] | None = None,
+        on_lost: Callable[[str, float], None] | None = None,
+        health_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.using = using
+        self.stats = Stats()
+        self.routes = routes_of(registry, topics)
+        heard = {s.topic: None for route in self.routes for s in route.subscriptions}
+        self.topics = list(heard | dict.fromkeys(topics or ()))
+        self.dispatcher = Dispatcher(
+            self.routes,
+            concurrency=concurrency or conf.CONCURRENCY,
+            max_waiting=conf.QUEUE_MAX_EVENTS,
+            stats=self.stats,
+            using=self._rows_alias(),
+        )
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._health_file = None if health_file is None else Path(health_file)
+        self._established_since: datetime | None = None
+        consumer = self.dispatcher if observe is None else _Observed(self.dispatcher, observe)
+        self._intake = Intake(self.topics, self._rows_alias(), consumer, self.stats)
+        for_leader = any(not route.receiver.every_node for route in self.routes)
+        # Listeners of different topics must not keep each other from leading.
+        name = "all" if topics is None else ",".join(sorted(topics))
+        self.listener = Listener(
+            using, self._intake.channels, self, leadership=name if for_leader else None
+        )
+
+    def _rows_alias(self) -> str:
+        """Where rows are read: the direct alias is for the listening connection alone."""
+        return conf.DATABASE if self.using == conf.listen_database else self.using
+
+    @property
+    def role(self) -> str:
+        """``leader``, ``standby``, or ``every node`` where no receiver needs a leader."""
+        if all(route.receiver.every_node for route in self.routes):
+            return "every node"
+        return "leader" if self.dispatcher.leader else "standby"
+
+    def stop(self) -> None:
+        """Stop the intake; :meth:`run` returns soon after. Call it on the loop."""
+        self.listener.stop()
+
+    async def run(self, shutdown_timeout: float | None = None) -> bool:
+        """Listen until :meth:`stop`, then let receivers finish.
+
+        Args:
+            shutdown_timeout: seconds they get; default ``PGNOTIFY_SHUTDOWN_TIMEOUT``.
+
+        Returns:
+            Whether all of them finished in time.
+        """
+        chores = [asyncio.create_task(self._prune_for_ever(), name="pgnotify-prune")]
+        if self._health_file is not None:
+            chores.append(asyncio.create_task(self._report_for_ever(), name="pgnotify-health"))
+        try:
+            await self.listener.run()
+            await self._intake.settled()
+        finally:
+            for chore in chores:
+                chore.cancel()
+            await asyncio.wait(chores)
+            self._established_since = None
+            drained = await self.dispatcher.drain(
+                conf.SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
+            )
+            if self._health_file is not None:
+                self._health_file.unlink(missing_ok=True)
+        return drained
+
+    # -- sink of the listener -------------------------------------------------------------------
+
+    def established(self, channels: frozenset[str]) -> None:
+        self._established_since = datetime.now(UTC)
+        self._report_health()
+        if self._on_ready is not None:
+            self._on_ready()
+
+    def lost(self, cause: str, retry_in: float) -> None:
+        self._established_since = None
+        self._report_health()
+        if self._on_lost is not None:
+            self._on_lost(cause, retry_in)
+
+    def notified(self, notifications: Sequence[Notification]) -> None:
+        self._intake.notified(notifications)
+
+    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
+        self._intake.gap(since, until, cause, for_leader=for_leader)
+
+    def led(self, leader: bool) -> None:
+        self._intake.led(leader)
+        self._report_health()
+
+    # -- chores ---------------------------------------------------------------------------------
+
+    async def _prune_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(PRUNE_INTERVAL)
+            if self.dispatcher.leader:
+                try:
+                    await sync_to_async(self._prune)()
+                except DatabaseError as exc:
+                    logger.warning("Stored events could not be pruned: %s", exc)
+
+    def _prune(self) -> None:
+        from ..publishing.store import PRUNE_BATCH, prune
+
+        close_old_connections()
+        try:
+            while prune(conf.STORED_RETENTION, self._rows_alias()) >= PRUNE_BATCH:
+                pass
+        finally:
+            close_old_connections()
+
+    async def _report_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(conf.HEARTBEAT_INTERVAL / 2)
+            self._report_health()
+
+    def health(self) -> dict[str, Any]:
+        """The state of this listener, as plain values."""
+        since = self._established_since
+        return {
+            "node": conf.NODE,
+            "pid": os.getpid(),
+            "backend": self.listener.backend_pid,
+            "database": self.using,
+            "role": self.role,
+            "established": since is not None,
+            "established_since": None if since is None else since.isoformat(),
+            "round_trip": self.listener.round_trip,
+            "topics": self.topics,
+            "waiting": self.dispatcher.waiting,
+            "running": self.dispatcher.running,
+            "counts": self.stats.snapshot(),
+            "at": datetime.now(UTC).isoformat(),
+        }
+
+    def _report_health(self) -> None:
+        if self._health_file is None:
+            return
+        try:
+            folder = self._health_file.resolve().parent
+            with tempfile.NamedTemporaryFile(
+                "w", dir=folder, prefix=".pglisten-", delete=False
+            ) as new:
+                json.dump(self.health(), new)
+            Path(new.name).replace(self._health_file)
+        except OSError as exc:
+            logger.error("The health file %s could not be written: %s", self._health_file, exc)

@@ -1,0 +1,177 @@
+"""``forward()``: events to groups of Django Channels, and so to browsers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from datetime import date, datetime, time
+from typing import Any
+
+from .events import Event, check_actions
+from .exceptions import InvalidArgument, InvalidTemplate, PgNotifyError
+from .registry import Receiver, Source, check_signature, check_sources, registry, source_name
+from .templates import check_template, fields_of, fill, literal_parts
+
+GROUP_NAME_LIMIT = 99
+"""Characters in a group name: Channels wants fewer than 100."""
+
+_UNSAFE = re.compile(r"[^a-zA-Z0-9._-]")
+
+Group = str | Callable[[Event], str | Iterable[str] | None]
+
+
+def forward(
+    source: Source | Iterable[Source],
+    *,
+    group: Group,
+    type: str,
+    data: Callable[[Event], dict[str, Any]] | None = None,
+    actions: Iterable[str] | None = None,
+    layer: str = "default",
+    dispatch_uid: str | None = None,
+) -> None:
+    """Send each event of a source to a group of a channel layer, from the leader only, in order.
+
+    The message is ``{"type": type, "event": {…}}``: the fields of the event as plain values
+    (times as ISO 8601 text, keys of other types as text), so that every layer can carry it.
+
+    Args:
+        source: a model class, a topic, or a list of them.
+        group: template of the group's name (``"order.{pk}"``; a value that is not safe in a group
+            name is replaced as :func:`group_name` does), or a function of the event that returns
+            a name, several, or None for nobody.
+        type: the consumer's handler, as in Channels (``"order.changed"``). It is fixed here and
+            never taken from an event.
+        data: returns what to send instead of the event's fields; plain values only.
+        actions: only these actions.
+        layer: alias of the channel layer.
+        dispatch_uid: a name of its own, as for ``receiver``.
+
+    Raises:
+        InvalidTemplate: the template names no field of an event, or can never be a group name.
+        InvalidTopic, InvalidAction, InvalidArgument: bad arguments.
+        DuplicateReceiver: this source is forwarded to this group already.
+    """
+    sources = check_sources(source)
+    check_group(group)
+    if not isinstance(type, str) or not re.fullmatch(r"[a-zA-Z_][\w.]*", type) or type[0] == "_":
+        raise InvalidArgument(
+            f"type= names a handler of the consumer, such as 'order.changed'; got {type!r}."
+        )
+    if data is not None:
+        check_signature(data)
+
+    async def forward_event(event: Event) -> None:
+        names = _groups_of(group, event)
+        if not names:
+            return
+        message = {"type": type, "event": plain_event(event) if data is None else data(event)}
+        channel_layer = _layer(layer)
+        for name in names:
+            await channel_layer.group_send(name, message)
+
+    target = group if isinstance(group, str) else f"{group.__module__}.{group.__qualname__}"
+    names = ",".join(source_name(one) for one in sources)
+    registry.add(
+        Receiver(
+            uid=dispatch_uid or f"forward:{names}->{layer}:{target}:{type}",
+            func=forward_event,
+            sources=sources,
+            actions=check_actions(actions),
+            purpose={"layer": layer},
+        ),
+        explicit_uid=True,
+    )
+
+
+def check_group(group: object) -> None:
+    """Refuse a group that could never be a name; raises InvalidTemplate."""
+    if callable(group):
+        check_signature(group)
+        return
+    template = check_template(group, "group=")
+    literals = literal_parts(template)
+    for literal in literals:
+        unsafe = _UNSAFE.search(literal)
+        if unsafe:
+            raise InvalidTemplate(
+                f"group= {template!r} contains {unsafe.group()!r}; a group name has only ASCII "
+                f"letters, digits, hyphens, underscores and full stops."
+            )
+    if sum(map(len, literals)) > GROUP_NAME_LIMIT:
+        raise InvalidTemplate(
+            f"group= {template!r} is longer than the {GROUP_NAME_LIMIT} characters of a group name."
+        )
+
+
+def group_name(template: str, /, **values: Any) -> str:
+    """The group that ``forward(..., group=template)`` sends to, for consumers that join it.
+
+    ``group_name("order.{pk}", pk=7)`` is ``"order.7"``. A value with characters that are not safe
+    in a group name is replaced by a hash of it, and so is a name that is too long.
+    """
+    return _bounded(fill(template, values, escape=_safe))
+
+
+def _safe(text: str) -> str:
+    """``text`` if it can be part of a group name, else a hash that stands for it."""
+    return f"h-{_hash(text)}" if not text or _UNSAFE.search(text) else text
+
+
+def _bounded(name: str) -> str:
+    if len(name) <= GROUP_NAME_LIMIT:
+        return name
+    return f"{name[: GROUP_NAME_LIMIT - 33]}-{_hash(name)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _groups_of(group: Group, event: Event) -> list[str]:
+    if isinstance(group, str):
+        return [_bounded(fill(group, fields_of(event), escape=_safe))]
+    names = group(event)
+    if names is None:
+        return []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _layer(alias: str) -> Any:
+    try:
+        from channels.layers import get_channel_layer
+    except ImportError as exc:
+        raise PgNotifyError(
+            "forward() needs Django Channels: pip install 'django-pgnotify[channels]'."
+        ) from exc
+    layer = get_channel_layer(alias)
+    if layer is None:
+        raise PgNotifyError(f"forward() has no channel layer {alias!r}: add it to CHANNEL_LAYERS.")
+    return layer
+
+
+def plain_event(event: Event) -> dict[str, Any]:
+    """The fields of an event as values that JSON and msgpack can carry."""
+    return {
+        "id": event.id,
+        "topic": event.topic,
+        "action": event.action,
+        "model": event.model,
+        "pk": _plain(event.pk),
+        "data": event.data,
+        "key": event.key,
+        "changed": None if event.changed is None else list(event.changed),
+        "source": event.source,
+        "published_at": event.published_at.isoformat(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value]
+    if isinstance(value, (datetime, date, time)):
+        return value.isoformat()
+    return str(value)

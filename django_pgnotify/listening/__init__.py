@@ -1,0 +1,1 @@
+"""From a NOTIFY to decoded events: the connection, its session, and the intake."""

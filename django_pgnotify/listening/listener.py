@@ -1,0 +1,305 @@
+"""The listener: carries out what its session decides, on one connection, in one task."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import zlib
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol, cast
+
+import psycopg
+from django.db import connections
+
+from .. import signals
+from ..backoff import Backoff
+from ..conf import conf
+from ..exceptions import ConnectionLost, ListenError
+from ..wire import wire_channel
+from . import session as todo
+from .connection import ListenConnection, Notification
+from .session import Command, Session, Timing
+
+logger = logging.getLogger("django_pgnotify.listening")
+
+BACKOFF_BASE = 0.1
+"""Upper bound, in seconds, of the first pause between attempts to connect."""
+
+_LOCK_CLASS = 0x70676E74  # "pgnt": the advisory lock space of leaders
+_ECHO = (
+    b"SELECT pg_notify($1, $2), (SELECT json_agg(channel) FROM pg_listening_channels() AS channel)"
+)
+_TRY_LOCK = b"SELECT pg_try_advisory_lock($1::int4, $2::int4)"
+_UNLOCK = b"SELECT pg_advisory_unlock($1::int4, $2::int4), pg_notify($3, '')"
+
+
+class Sink(Protocol):
+    """Where a listener hands what it hears. Called on the loop; must return at once."""
+
+    def established(self, channels: frozenset[str]) -> None:
+        """From here on every frame on ``channels`` arrives, or a gap says that it may not have."""
+
+    def notified(self, notifications: Sequence[Notification]) -> None: ...
+
+    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None: ...
+
+    def led(self, leader: bool) -> None: ...
+
+    def lost(self, cause: str, retry_in: float) -> None: ...
+
+
+def connection_params(using: str) -> dict[str, Any]:
+    """What Django would connect ``using`` with, less what is for its own connections only."""
+    # A copy: Django pops entries of OPTIONS in some versions, and may be connecting meanwhile.
+    params = connections[using].copy().get_connection_params()
+    for name in ("cursor_factory", "context", "prepare_threshold"):
+        params.pop(name, None)
+    return cast("dict[str, Any]", params)
+
+
+class Listener:
+    """Listens on the channels it is told to, for ever, and says when it may have missed any.
+
+    Args:
+        using: database alias whose parameters to connect with, read anew at each attempt.
+        channels: wire channels wanted from the start.
+        sink: what receives.
+        leadership: name of the lock to compete for; None never leads.
+    """
+
+    def __init__(
+        self,
+        using: str,
+        channels: Iterable[str],
+        sink: Sink,
+        *,
+        leadership: str | None = None,
+    ) -> None:
+        self.using = using
+        self.last_error: Exception | None = None
+        self.round_trip: float | None = None
+        """Seconds the last echo took."""
+        self._sink = sink
+        self._leadership = leadership
+        prefix = conf.CHANNEL_PREFIX
+        self._echo_channel = wire_channel(f"pgnotify.echo.{secrets.token_hex(8)}", prefix)
+        self._leader_channel = wire_channel(f"pgnotify.leader.{leadership}", prefix)
+        lock = zlib.crc32(f"{prefix}:{leadership}".encode())
+        self._lock_key = (str(_LOCK_CLASS), str(lock - (1 << 32) if lock >= 1 << 31 else lock))
+        self._timeout = conf.HEARTBEAT_TIMEOUT
+        self.session = Session(
+            channels,
+            backoff=Backoff(BACKOFF_BASE, conf.RECONNECT_MAX_DELAY),
+            new_nonce=lambda: secrets.token_hex(8),
+            timing=Timing(
+                heartbeat_interval=conf.HEARTBEAT_INTERVAL,
+                heartbeat_timeout=self._timeout,
+                connect_timeout=conf.CONNECT_TIMEOUT + self._timeout,
+                leader_poll_interval=conf.LEADER_POLL_INTERVAL,
+            ),
+            wants_to_lead=leadership is not None,
+        )
+        self._connection: ListenConnection | None = None
+        self._server_listens: frozenset[str] | None = None
+        self._echo_sent = 0.0
+        self._wanted: frozenset[str] | None = None
+        self._stop_requested = False
+        self._kicked = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    # -- from outside, on the same loop -----------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to give up the leadership, close, and return."""
+        self._stop_requested = True
+        self.kick()
+
+    def want(self, channels: Iterable[str]) -> None:
+        """Listen to exactly these channels; the sink hears ``established`` once it does."""
+        self._wanted = frozenset(channels)
+        self.kick()
+
+    def kick(self) -> None:
+        """Have the loop of :meth:`run` look again."""
+        self._kicked = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @property
+    def backend_pid(self) -> int | None:
+        """Pid of the PostgreSQL backend that serves this listener, None while there is none."""
+        return None if self._connection is None else self._connection.backend_pid
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Listen until :meth:`stop`. Connection trouble never ends it."""
+        loop = asyncio.get_running_loop()
+        now = loop.time
+        try:
+            await self._carry_out(self.session.start(now()))
+            while not self._stop_requested:
+                await self._wait()
+                if self._wanted is not None:
+                    wanted, self._wanted = self._wanted, None
+                    await self._carry_out(self.session.want(now(), wanted))
+                await self._read()
+                await self._carry_out(self.session.tick(now()))
+            await self._hand_over()
+        finally:
+            await self._carry_out(self.session.stop(now()))
+
+    async def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._kicked:
+            self._waiter = loop.create_future()
+            alarm = None
+            if self.session.wake_at is not None:
+                alarm = loop.call_at(self.session.wake_at, self.kick)
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+                if alarm is not None:
+                    alarm.cancel()
+        self._kicked = False
+
+    async def _read(self) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        heard = []
+        for notification in connection.take():
+            if notification.channel == self._echo_channel:
+                if heard:
+                    await self._carry_out(self.session.notified(self._now(), heard))
+                    heard = []
+                await self._echoed(notification.payload.decode(errors="replace"))
+            elif notification.channel == self._leader_channel:
+                await self._carry_out(self.session.leadership_free(self._now()))
+            else:
+                heard.append(notification)
+        if heard:
+            await self._carry_out(self.session.notified(self._now(), heard))
+        if connection.lost is not None and connection is self._connection:
+            await self._fail(ConnectionLost(f"the connection broke: {connection.lost}".strip()))
+
+    async def _echoed(self, nonce: str) -> None:
+        self.round_trip = self._now() - self._echo_sent
+        await self._carry_out(self.session.echoed(self._now(), nonce, self._server_listens))
+
+    async def _fail(self, exc: Exception) -> None:
+        self.last_error = exc
+        await self._carry_out(self.session.failed(self._now(), str(exc)))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _carry_out(self, commands: Sequence[Command]) -> None:
+        """Carry out commands; after a failure, those of the session that gives up instead."""
+        try:
+            await self._do_all(commands)
+        except (ListenError, psycopg.Error) as exc:
+            await self._fail(exc)
+
+    async def _do_all(self, commands: Sequence[Command]) -> None:
+        """Carry out commands in order; what one of them leads to comes before the next."""
+        for command in commands:
+            await self._do(command)
+
+    async def _do(self, command: Command) -> None:
+        match command:
+            case todo.Deliver(notifications):
+                self._sink.notified(notifications)
+            case todo.Connect():
+                self._connection = await ListenConnection.open(
+                    connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=self.kick
+                )
+                await self._do_all(self.session.connected(self._now()))
+            case todo.Listen(channels):
+                own = {self._echo_channel}
+                if self._leadership is not None:
+                    own.add(self._leader_channel)
+                await self._open().listen(sorted(channels | own), timeout=self._timeout)
+                await self._do_all(self.session.listened(self._now(), channels))
+            case todo.Unlisten(channels):
+                await self._open().unlisten(sorted(channels), timeout=self._timeout)
+                await self._do_all(self.session.unlistened(self._now(), channels))
+            case todo.Echo(nonce):
+                await self._echo(nonce)
+            case todo.TryLead():
+                [(acquired,)] = await self._open().execute(
+                    _TRY_LOCK, self._lock_key, timeout=self._timeout
+                )
+                await self._do_all(self.session.led(self._now(), acquired == b"t"))
+            case todo.Lead():
+                self._sink.led(True)
+            case todo.Follow():
+                self._sink.led(False)
+            case todo.Gap(since, until, cause, for_leader):
+                times = (self._wall(since), self._wall(until))
+                self._sink.gap(*times, cause, for_leader=for_leader)
+                if not for_leader:
+                    signals.listener_gap.send_robust(
+                        self, since=times[0], until=times[1], cause=cause
+                    )
+            case todo.Established(channels):
+                self.last_error = None
+                self._sink.established(channels)
+                signals.listener_established.send_robust(self, using=self.using)
+            case todo.Lost(cause, retry_in):
+                logger.warning(
+                    "Listener on database %r is not established: %s; next attempt in %.1f s",
+                    self.using,
+                    cause,
+                    retry_in,
+                    extra={"using": self.using, "cause": cause, "retry_in": retry_in},
+                )
+                self._sink.lost(cause, retry_in)
+            case todo.Close():
+                if self._connection is not None:
+                    self._connection.close()
+                    self._connection = None
+
+    def _open(self) -> ListenConnection:
+        if self._connection is None:
+            raise ConnectionLost("the connection is closed")
+        return self._connection
+
+    async def _echo(self, nonce: str) -> None:
+        connection = self._open()
+        self._echo_sent = self._now()
+        if not connection.pooled:
+            [(_, channels)] = await connection.execute(
+                _ECHO, (self._echo_channel, nonce), timeout=self._timeout
+            )
+            self._server_listens = frozenset(json.loads(channels or b"[]"))
+            return
+        # Behind a pooler our own session would answer from whichever backend it is lent for
+        # this one statement. Only a NOTIFY from elsewhere proves that the LISTEN is still ours.
+        self._server_listens = None
+        other = await ListenConnection.open(
+            connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=lambda: None
+        )
+        try:
+            await other.execute(
+                b"SELECT pg_notify($1, $2)", (self._echo_channel, nonce), timeout=self._timeout
+            )
+        finally:
+            other.close()
+
+    async def _hand_over(self) -> None:
+        """Let a standby lead from now on, not only once our connection is gone."""
+        if self.session.leader and self._connection is not None:
+            try:
+                await self._connection.execute(
+                    _UNLOCK, (*self._lock_key, self._leader_channel), timeout=self._timeout
+                )
+            except (ListenError, psycopg.Error) as exc:
+                logger.info("Leadership ends with the connection, not before it: %s", exc)
+
+    def _wall(self, moment: float) -> datetime:
+        return datetime.now(UTC) - timedelta(seconds=self._now() - moment)

@@ -1,0 +1,395 @@
+"""The listening session as a pure state machine: no clock, no socket, no task.
+
+Each input is a method that takes the time (seconds of a monotonic clock) and returns the commands
+to carry out, in order. What a command leads to comes back as another input. ``wake_at`` says by
+when :meth:`Session.tick` must be called even if nothing happens.
+
+::
+
+    idle ─start─▶ connecting ─connected─▶ listening ─listened─▶ proving ─echoed─▶ established
+                     ▲   │                    │                    │                   │
+                     │   └──────────────── failed ─────────────────┴───────────────────┘
+                     └─tick─ waiting ◀──────────┘                    stop ─▶ stopped (from any)
+
+"Established" means proven: LISTEN was committed, and a NOTIFY to ourselves came back on the same
+session. Only then are frames delivered, after the gap that says what may have been missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..backoff import Backoff
+
+State = Literal[
+    "idle", "connecting", "listening", "proving", "established", "waiting", "stopped"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Open a fresh connection; answer with ``connected`` or ``failed``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """LISTEN on these channels, commit; answer with ``listened``."""
+
+    channels: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Unlisten:
+    """UNLISTEN these channels; answer with ``unlistened``."""
+
+    channels: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """NOTIFY ourselves with this nonce; what comes back is given to ``echoed``."""
+
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class TryLead:
+    """Try to take the leader's advisory lock; answer with ``led``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """This session is the leader from here on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """This session is not the leader any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Frames may have been missed from ``since`` to ``until`` (monotonic seconds).
+
+    ``for_leader`` says whose gap it is: that of what every listener runs, or that of what only
+    the leader runs, which comes when this listener becomes the leader.
+    """
+
+    since: float
+    until: float
+    cause: str
+    for_leader: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """The session is proven to hear ``channels``."""
+
+    channels: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Hand these notifications to the receivers' side, in order."""
+
+    notifications: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Close the connection, if there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The connection is given up; the next attempt is in ``retry_in`` seconds."""
+
+    cause: str
+    retry_in: float
+
+
+Command = (
+    Connect
+    | Listen
+    | Unlisten
+    | Echo
+    | TryLead
+    | Lead
+    | Follow
+    | Gap
+    | Established
+    | Deliver
+    | Close
+    | Lost
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Intervals of a session, all in seconds."""
+
+    heartbeat_interval: float = 10.0
+    heartbeat_timeout: float = 5.0
+    connect_timeout: float = 10.0
+    leader_poll_interval: float = 1.0
+
+
+class Session:
+    """See the module. One session lives as long as its listener, through any number of connections.
+
+    Args:
+        channels: wire channels wanted from the start.
+        backoff: delays between attempts to connect; reset once a connection has been healthy.
+        new_nonce: returns a text that was not used before.
+        wants_to_lead: whether to compete for the leader's lock.
+    """
+
+    def __init__(
+        self,
+        channels: Iterable[str],
+        *,
+        backoff: Backoff,
+        new_nonce: Callable[[], str],
+        timing: Timing | None = None,
+        wants_to_lead: bool = False,
+    ) -> None:
+        self.state: State = "idle"
+        self.wanted = frozenset(channels)
+        self.listened_to: frozenset[str] = frozenset()
+        self.leader = False
+        self.wake_at: float | None = None
+        self.proven_at: float | None = None
+        self._timing = timing or Timing()
+        self._backoff = backoff
+        self._new_nonce = new_nonce
+        self._wants_to_lead = wants_to_lead
+        self._cause = ""
+        self._held: list[Any] = []
+        self._nonce: str | None = None
+        self._echo_due: float | None = None
+        self._next_echo = 0.0
+        self._next_try = 0.0
+        self._leaderless: tuple[float, str] | None = None
+        self._established_at: float | None = None
+        self._changing: frozenset[str] = frozenset()
+        self._change_due: float | None = None
+
+    # -- inputs ---------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Command]:
+        return self._connect(now) if self.state == "idle" else []
+
+    def connected(self, now: float) -> list[Command]:
+        if self.state != "connecting":
+            return [Close()]
+        self.state = "listening"
+        self.wake_at = now + self._timing.heartbeat_timeout
+        self._changing = self.wanted
+        return [Listen(self.wanted)]
+
+    def listened(self, now: float, channels: frozenset[str]) -> list[Command]:
+        """LISTEN was committed for ``channels``."""
+        if self.state == "listening":
+            self.state = "proving"
+            self.listened_to = channels
+            self._changing, self._change_due = frozenset(), None
+            return self._echo(now)
+        if self.state != "established":
+            return []
+        self.listened_to |= channels
+        self._changing, self._change_due = frozenset(), None
+        # The session itself is proven, so a committed LISTEN is all a new channel needs.
+        return [Established(self.listened_to), *self._change_channels(now)]
+
+    def unlistened(self, now: float, channels: frozenset[str]) -> list[Command]:
+        if self.state != "established":
+            return []
+        self.listened_to -= channels
+        self._changing, self._change_due = frozenset(), None
+        return self._change_channels(now)
+
+    def echoed(
+        self, now: float, nonce: str, listening: frozenset[str] | None = None
+    ) -> list[Command]:
+        """Our own NOTIFY came back.
+
+        Args:
+            listening: channels the server says we listen to, where it was asked.
+        """
+        if nonce != self._nonce or self.state not in ("proving", "established"):
+            return []
+        if listening is not None and not self.listened_to <= listening:
+            missing = ", ".join(sorted(self.listened_to - listening)[:3])
+            return self.failed(now, f"the server no longer listens for us on {missing}")
+        self._nonce, self._echo_due = None, None
+        self._next_echo = now + self._timing.heartbeat_interval
+        since, self.proven_at = self.proven_at, now
+        if self.state == "established":
+            self._reset_backoff_if_healthy(now)
+            self._set_alarm()
+            return []
+        self.state = "established"
+        self._established_at = now
+        self._next_try = now
+        commands: list[Command] = []
+        if since is not None:
+            commands.append(Gap(since, now, self._cause))
+            self._leaderless = (since, self._cause)
+        if self._wants_to_lead:
+            # Whoever waits for "established" may publish at once, and expect the leader to act.
+            commands.append(self._try_lead(now))
+        commands.append(Established(self.listened_to))
+        if self._held:
+            commands.append(Deliver(self._held))
+            self._held = []
+        self._set_alarm()
+        return [*commands, *self._change_channels(now)]
+
+    def notified(self, now: float, notifications: list[Any]) -> list[Command]:
+        if self.state == "established":
+            return [Deliver(notifications)]
+        if self.state in ("listening", "proving"):
+            # Already ours, but the gap must come first.
+            self._held += notifications
+        return []
+
+    def led(self, now: float, acquired: bool) -> list[Command]:
+        """The outcome of :class:`TryLead`."""
+        if self.state != "established" or self.leader:
+            return []
+        if not acquired:
+            # Up to now somebody else was there to receive.
+            self._leaderless = (now, "the leader was gone")
+            return []
+        self.leader = True
+        self._set_alarm()
+        commands: list[Command] = [Lead()]
+        if self._leaderless is not None:
+            since, cause = self._leaderless
+            self._leaderless = None
+            commands.append(Gap(since, now, cause, for_leader=True))
+        return commands
+
+    def leadership_free(self, now: float) -> list[Command]:
+        """The leader said that it is leaving."""
+        if self.state == "established" and self._wants_to_lead and not self.leader:
+            command = self._try_lead(now)
+            self._set_alarm()
+            return [command]
+        return []
+
+    def want(self, now: float, channels: Iterable[str]) -> list[Command]:
+        """From here on these are the channels to listen to."""
+        self.wanted = frozenset(channels)
+        return self._change_channels(now) if self.state == "established" else []
+
+    def tick(self, now: float) -> list[Command]:
+        """Time has passed."""
+        if self.wake_at is None or now < self.wake_at:
+            return []
+        match self.state:
+            case "waiting":
+                return self._connect(now)
+            case "connecting":
+                return self.failed(now, "the server did not answer in time")
+            case "listening":
+                return self.failed(now, "LISTEN was not answered in time")
+            case "proving":
+                return self.failed(
+                    now,
+                    "our own NOTIFY did not come back in time; is a transaction pooler in between?",
+                )
+            case "established":
+                return self._keep_alive(now)
+        return []
+
+    def failed(self, now: float, cause: str) -> list[Command]:
+        """Anything went wrong with the connection, or with opening it."""
+        if self.state in ("idle", "waiting", "stopped"):
+            return []
+        if self.state == "established":
+            self._reset_backoff_if_healthy(now)
+        commands = self._leave_connection()
+        self._cause = cause
+        self.state = "waiting"
+        delay = self._backoff.next()
+        self.wake_at = now + delay
+        return [*commands, Lost(cause, delay)]
+
+    def stop(self, now: float) -> list[Command]:
+        if self.state == "stopped":
+            return []
+        commands = self._leave_connection()
+        self.state, self.wake_at = "stopped", None
+        return commands
+
+    # -- steps ----------------------------------------------------------------------------
+
+    def _connect(self, now: float) -> list[Command]:
+        self.state = "connecting"
+        self.wake_at = now + self._timing.connect_timeout
+        return [Connect()]
+
+    def _echo(self, now: float) -> list[Command]:
+        self._nonce = self._new_nonce()
+        self._echo_due = now + self._timing.heartbeat_timeout
+        self._set_alarm()
+        return [Echo(self._nonce)]
+
+    def _try_lead(self, now: float) -> Command:
+        self._next_try = now + self._timing.leader_poll_interval
+        return TryLead()
+
+    def _change_channels(self, now: float) -> list[Command]:
+        """Bring the server nearer to what is wanted, one statement at a time."""
+        if self._changing:
+            return []
+        command: Command
+        if missing := self.wanted - self.listened_to:
+            self._changing, command = missing, Listen(missing)
+        elif surplus := self.listened_to - self.wanted:
+            self._changing, command = surplus, Unlisten(surplus)
+        else:
+            return []
+        self._change_due = now + self._timing.heartbeat_timeout
+        self._set_alarm()
+        return [command]
+
+    def _keep_alive(self, now: float) -> list[Command]:
+        if self._echo_due is not None and now >= self._echo_due:
+            return self.failed(now, "a heartbeat did not come back in time")
+        if self._change_due is not None and now >= self._change_due:
+            return self.failed(now, "LISTEN or UNLISTEN was not answered in time")
+        commands: list[Command] = []
+        if self._echo_due is None and now >= self._next_echo:
+            commands += self._echo(now)
+        if self._wants_to_lead and not self.leader and now >= self._next_try:
+            commands.append(self._try_lead(now))
+        self._set_alarm()
+        return commands
+
+    def _leave_connection(self) -> list[Command]:
+        commands: list[Command] = [Follow()] if self.leader else []
+        self.leader = False
+        self.listened_to = self._changing = frozenset()
+        self._nonce = self._echo_due = self._change_due = self._established_at = None
+        self._held = []
+        return [*commands, Close()]
+
+    def _reset_backoff_if_healthy(self, now: float) -> None:
+        if (
+            self._established_at is not None
+            and now - self._established_at >= self._timing.heartbeat_interval
+        ):
+            self._backoff.reset()
+
+    def _set_alarm(self) -> None:
+        alarms = [self._next_echo if self._echo_due is None else self._echo_due]
+        if self.state == "established":
+            if self._change_due is not None:
+                alarms.append(self._change_due)
+            if self._wants_to_lead and not self.leader:
+                alarms.append(self._next_try)
+        self.wake_at = min(alarms)

@@ -1,0 +1,171 @@
+"""``manage.py pglisten``: the one process that listens and runs receivers."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+from django.utils import autoreload
+
+from django_pgnotify.conf import conf
+from django_pgnotify.listening.probe import probe
+from django_pgnotify.dispatching.service import Service
+from django_pgnotify.events import Event, check_topic
+from django_pgnotify.exceptions import InvalidTopic, UnsupportedDatabase
+from django_pgnotify.publishing.sender import check_alias
+
+
+class Command(BaseCommand):
+    help = "Listen for PostgreSQL notifications and run the registered receivers."
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--database",
+            metavar="ALIAS",
+            help="database alias to listen on (default: PGNOTIFY_LISTEN_DATABASE, "
+            "else PGNOTIFY_DATABASE)",
+        )
+        parser.add_argument(
+            "--topic",
+            action="append",
+            dest="topics",
+            metavar="TOPIC",
+            help="listen to this topic only; may be repeated (default: all that have a receiver)",
+        )
+        parser.add_argument(
+            "--check",
+            action="store_true",
+            help="prove that a NOTIFY gets through, and exit: 0 if it does, 1 with the cause",
+        )
+        parser.add_argument(
+            "--once", action="store_true", help="handle the first events that arrive, and exit"
+        )
+        parser.add_argument(
+            "--concurrency",
+            type=_count,
+            metavar="N",
+            help="receivers that may run at once (default: PGNOTIFY_CONCURRENCY)",
+        )
+        parser.add_argument(
+            "--shutdown-timeout",
+            type=_seconds,
+            metavar="SECONDS",
+            help="what running receivers get to finish after the first signal "
+            "(default: PGNOTIFY_SHUTDOWN_TIMEOUT)",
+        )
+        parser.add_argument(
+            "--health-file", metavar="FILE", help="keep the listener's state in FILE, as JSON"
+        )
+        parser.add_argument(
+            "--reload", action="store_true", help="restart when code changes, for development"
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            using = check_alias(options["database"] or conf.listen_database)
+            for topic in options["topics"] or ():
+                check_topic(topic)
+        except (UnsupportedDatabase, InvalidTopic) as exc:
+            raise CommandError(str(exc)) from exc
+        if options["check"]:
+            problem = asyncio.run(probe(using))
+            if problem is not None:
+                raise CommandError(f"pglisten: {problem}")
+            self._say(f"pglisten: ok, a NOTIFY gets through on database {using!r}")
+        elif options["reload"]:
+            autoreload.run_with_reloader(self._listen, using, options)
+        else:
+            sys.exit(self._listen(using, options))
+
+    def _listen(self, using: str, options: dict[str, Any]) -> int:
+        return asyncio.run(self._run(using, options))
+
+    async def _run(self, using: str, options: dict[str, Any]) -> int:
+        first = asyncio.Event()
+        service = Service(
+            using,
+            topics=options["topics"],
+            concurrency=options["concurrency"],
+            observe=(lambda events: _note(events, first)) if options["once"] else None,
+            on_ready=lambda: self._ready(service),
+            on_lost=lambda cause, retry_in: self._lost(using, cause, retry_in),
+            health_file=options["health_file"],
+        )
+        if not service.topics:
+            self._warn("no receivers are registered, so there is nothing to listen to")
+        if not options["reload"]:  # where the reloader handles signals
+            self._stop_on_signals(service)
+        if options["once"]:
+            waiting = asyncio.create_task(_stop_after(first, service), name="pgnotify-once")
+        drained = await service.run(options["shutdown_timeout"])
+        if options["once"]:
+            waiting.cancel()
+        if not drained:
+            running = service.dispatcher.running
+            self._warn(f"gave up on {running} receiver(s) that did not finish in time")
+            self.stdout.flush()
+            # Their threads cannot be stopped, and a normal exit would wait for them.
+            os._exit(1)
+        self._say("pglisten: stopped")
+        return 0
+
+    def _stop_on_signals(self, service: Service) -> None:
+        loop = asyncio.get_running_loop()
+        seen: list[signal.Signals] = []
+
+        def on_signal(number: signal.Signals) -> None:
+            if seen:
+                self._warn(f"{number.name} again, leaving at once")
+                os._exit(128 + number)
+            seen.append(number)
+            self._say(f"pglisten: {number.name}, finishing what runs")
+            service.stop()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal, number)
+
+    def _ready(self, service: Service) -> None:
+        self._say(
+            f"pglisten: ready (database {service.using!r}, {len(service.topics)} topic(s), "
+            f"{len(service.routes)} receiver(s), {service.role})"
+        )
+
+    def _lost(self, using: str, cause: str, retry_in: float) -> None:
+        self._warn(f"waiting for database {using!r}: {cause}; next attempt in {retry_in:.1f} s")
+
+    def _say(self, line: str) -> None:
+        self.stdout.write(line)
+        self.stdout.flush()
+
+    def _warn(self, line: str) -> None:
+        self.stderr.write(self.style.WARNING(f"pglisten: {line}"))
+        self.stderr.flush()
+
+
+def _note(events: Sequence[Event], first: asyncio.Event) -> None:
+    first.set()
+
+
+async def _stop_after(first: asyncio.Event, service: Service) -> None:
+    await first.wait()
+    service.stop()
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value

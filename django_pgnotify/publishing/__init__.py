@@ -1,0 +1,1 @@
+"""From a changed row, or a call of ``publish()``, to a NOTIFY."""

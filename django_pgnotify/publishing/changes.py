@@ -1,0 +1,137 @@
+"""What a row carries into its event: values of fields, and which of them changed."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import decimal
+import uuid
+from collections.abc import Collection
+from typing import Any
+
+from django.db.models import Field, Model
+
+from ..exceptions import InvalidFields
+from .publisher import to_plain
+
+_IMMUTABLE = (
+    type(None),
+    str,
+    int,
+    float,
+    bytes,
+    decimal.Decimal,
+    uuid.UUID,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+)
+_LOADED = "pgnotify_loaded"
+_UNKNOWN = object()
+
+
+def check_fields(model: type[Model], names: object) -> tuple[str, ...]:
+    """``names`` as a tuple if each is a concrete field of ``model``.
+
+    Raises:
+        InvalidFields: one is not, or ``names`` is not a list of text.
+    """
+    if names is None:
+        return ()
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise InvalidFields(f"fields= takes a list of field names, got {names!r}.")
+    valid = _concrete_fields(model)
+    for name in names:
+        if name not in valid:
+            raise InvalidFields(
+                f"fields= of {model._meta.label} names {name!r}, which is no concrete field of it; "
+                f"choose from {', '.join(field.name for field in model._meta.concrete_fields)}."
+            )
+    return tuple(names)
+
+
+def _concrete_fields(model: type[Model]) -> dict[str, Field[Any, Any]]:
+    """Fields by name and by attname (``customer`` and ``customer_id``)."""
+    fields = {field.attname: field for field in model._meta.concrete_fields}
+    return fields | {field.name: field for field in model._meta.concrete_fields}
+
+
+def plain_pk(model: type[Model], instance: Model) -> Any:
+    """The primary key that ``instance`` has as a row of ``model``, as a JSON value."""
+    values = [plain(getattr(instance, field.attname)) for field in model._meta.pk_fields]
+    return values[0] if len(values) == 1 else values
+
+
+def plain(value: Any) -> Any:
+    """A primary key, or one part of one, as a JSON value."""
+    return value if isinstance(value, (int, str)) else to_plain(value)
+
+
+def plain_values(model: type[Model], instance: Model, names: Collection[str]) -> dict[str, Any]:
+    """Values of the named fields as JSON values; an expression, not yet a value, is left out."""
+    fields = _concrete_fields(model)
+    values = {}
+    for name in names:
+        field = fields[name]
+        value = instance.__dict__.get(field.attname, _UNKNOWN)
+        if value is _UNKNOWN or hasattr(value, "resolve_expression"):
+            continue
+        if value is None or isinstance(value, (str, int, float, dict, list)):
+            values[name] = value
+        else:
+            try:
+                values[name] = to_plain(value)
+            except TypeError:
+                values[name] = field.value_to_string(instance)
+    return values
+
+
+def remember(model: type[Model], instance: Model, names: Collection[str]) -> None:
+    """Note the named values as the ones the database has."""
+    fields = _concrete_fields(model)
+    loaded = vars(instance._state).setdefault(_LOADED, {})
+    loaded[model] = {name: _snapshot(fields[name], instance) for name in names}
+
+
+def _snapshot(field: Field[Any, Any], instance: Model) -> Any:
+    value = instance.__dict__.get(field.attname, _UNKNOWN)
+    if value is _UNKNOWN or isinstance(value, _IMMUTABLE):
+        return value
+    if hasattr(value, "resolve_expression"):
+        return _UNKNOWN
+    if isinstance(value, (dict, list, set)):
+        return copy.deepcopy(value)
+    try:
+        return field.value_to_string(instance)
+    except Exception:  # a field of somebody else's: what it holds is then simply not known
+        return _UNKNOWN
+
+
+def changed_names(
+    model: type[Model],
+    instance: Model,
+    names: Collection[str],
+    update_fields: Collection[str] | None,
+) -> tuple[str, ...] | None:
+    """Names of the fields that an update changed, None where that is not known.
+
+    Without ``names`` it is what ``update_fields`` says was written. With them, each is compared
+    with the value that was loaded, or last saved, through this instance.
+    """
+    fields = _concrete_fields(model)
+    if not names:
+        if update_fields is None:
+            return None
+        return tuple(sorted({fields[name].name for name in update_fields if name in fields}))
+    before = vars(instance._state).get(_LOADED, {}).get(model, {})
+    changed = []
+    for name in names:
+        field = fields[name]
+        if update_fields is not None and not {field.name, field.attname} & set(update_fields):
+            continue
+        was, now = before.get(name, _UNKNOWN), _snapshot(field, instance)
+        if was is _UNKNOWN or now is _UNKNOWN:
+            return None
+        if was != now:
+            changed.append(name)
+    return tuple(changed)

@@ -1,0 +1,337 @@
+"""Model changes become events: ``notify_changes`` and the handlers it connects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, TypeVar, overload
+
+from django.apps import apps
+from django.db import connections
+from django.db.models import Model
+from django.db.models.fields.related import lazy_related_operation
+from django.db.models.signals import (
+    class_prepared,
+    m2m_changed,
+    post_delete,
+    post_init,
+    post_save,
+)
+
+from ..conf import conf
+from ..events import MODEL_ACTIONS, Action, Delivery, check_actions, check_delivery, check_topic
+from ..exceptions import EventDataError, InvalidArgument, PgNotifyError, UnsupportedDatabase
+from ..registry import Publication, is_model, model_label, registry
+from ..stats import publishing_stats
+from . import changes
+from .publisher import deliver, encode
+from .quiet import is_quiet
+from .sender import check_alias
+
+logger = logging.getLogger("django_pgnotify.publishing")
+
+M = TypeVar("M", bound=type[Model])
+
+_UID = "django_pgnotify"
+_CLEARED = "pgnotify_cleared"
+
+_abstract: dict[type[Model], dict[str, Any]] = {}
+_inherited: set[str] = set()
+_unsupported: set[str] = set()
+configuration_errors: list[str] = []
+"""What is wrong with PGNOTIFY_MODELS, for the system check."""
+
+
+@overload
+def notify_changes(model: M) -> M: ...
+@overload
+def notify_changes(
+    model: None = None,
+    *,
+    fields: Collection[str] | None = None,
+    topic: str | None = None,
+    actions: Iterable[str] | None = None,
+    delivery: Delivery | None = None,
+    using: str | None = None,
+) -> Callable[[M], M]: ...
+def notify_changes(
+    model: Any = None,
+    *,
+    fields: Collection[str] | None = None,
+    topic: str | None = None,
+    actions: Iterable[str] | None = None,
+    delivery: Delivery | None = None,
+    using: str | None = None,
+) -> Any:
+    """Publish an event for each row of a model that is created, updated or deleted.
+
+    Decorate the class, with or without arguments. An abstract class passes it on to its concrete
+    children; a proxy stands for its concrete model. Bulk operations that send no model signals
+    (``QuerySet.update``, ``bulk_create``, raw SQL) publish nothing.
+
+    Args:
+        fields: names of fields whose values an event carries in ``data``; on an update
+            ``changed`` says which of them changed, where that is known. It does not filter.
+        topic: name of the topic; default the model's lower-case label (``"shop.order"``).
+        actions: only these of created, updated, deleted and m2m_changed; default all.
+        delivery: tier; default ``PGNOTIFY_DELIVERY``.
+        using: database alias to publish on; default the alias the row was saved on.
+
+    Raises:
+        InvalidFields, InvalidTopic, InvalidAction, InvalidDelivery: bad arguments.
+        InvalidArgument: ``model`` is no model class, or publishes its changes already.
+    """
+    options = {
+        "fields": fields,
+        "topic": topic,
+        "actions": actions,
+        "delivery": delivery,
+        "using": using,
+    }
+    if model is None:
+        return lambda decorated: _publish_changes_of(decorated, options)
+    return _publish_changes_of(model, options)
+
+
+def _publish_changes_of(model: Any, options: dict[str, Any]) -> Any:
+    if not is_model(model):
+        raise InvalidArgument(
+            f"notify_changes() decorates a model class; got {model!r}. "
+            f"Models of other apps go into PGNOTIFY_MODELS."
+        )
+    if model._meta.abstract:
+        changes.check_fields(model, options["fields"])
+        _abstract[model] = options
+    else:
+        concrete = model._meta.concrete_model
+        label = model_label(concrete)
+        if label in registry.publications and label not in _inherited:
+            raise InvalidArgument(f"{concrete._meta.label} publishes its changes already.")
+        _inherited.discard(label)
+        _add(concrete, options)
+    return model
+
+
+def _add(model: type[Model], options: dict[str, Any]) -> None:
+    label, topic, delivery = model_label(model), options.get("topic"), options.get("delivery")
+    publication = Publication(
+        model=model,
+        label=label,
+        topic=label if topic is None else check_topic(topic),
+        fields=changes.check_fields(model, options.get("fields")),
+        actions=check_actions(options.get("actions"), MODEL_ACTIONS),
+        delivery=None if delivery is None else check_delivery(delivery),
+        using=options.get("using"),
+    )
+    registry.publications[label] = publication
+    for sender in _with_subclasses(model):
+        _connect(sender, publication)
+
+
+def _with_subclasses(model: type[Model]) -> Iterator[type[Model]]:
+    yield model
+    for child in model.__subclasses__():
+        yield from _with_subclasses(child)
+
+
+def _connect(sender: type[Model], publication: Publication) -> None:
+    """Connect the handlers for ``sender``: the model, or a proxy or child whose rows are also its.
+
+    Always by sender: a handler for all models would cost every save of the project, and Django
+    its fast deletes.
+    """
+    if sender._meta.abstract:
+        return
+    post_save.connect(_saved, sender=sender, dispatch_uid=_UID)
+    if sender._meta.concrete_model is publication.model:
+        post_delete.connect(_deleted, sender=sender, dispatch_uid=_UID)
+    if publication.fields:
+        post_init.connect(_loaded, sender=sender, dispatch_uid=_UID)
+    for field in publication.model._meta.local_many_to_many:
+        # A through model named by a string may not be loaded yet.
+        lazy_related_operation(_connect_through, publication.model, field.remote_field.through)
+
+
+def _connect_through(model: type[Model], through: type[Model]) -> None:
+    m2m_changed.connect(_m2m_changed, sender=through, dispatch_uid=_UID)
+
+
+def _prepared(sender: type[Model], **kwargs: Any) -> None:
+    """A model class was defined: it may be a child or a proxy of one that publishes."""
+    if not sender._meta.abstract and not sender._meta.proxy:
+        for base in sender.__mro__[1:]:
+            if base in _abstract and model_label(sender) not in registry.publications:
+                _inherited.add(model_label(sender))
+                _add(sender, _abstract[base])
+    for publication in _publications_of(sender):
+        _connect(sender, publication)
+
+
+class_prepared.connect(_prepared, dispatch_uid=_UID)
+
+
+def track_configured_models() -> None:
+    """Apply PGNOTIFY_MODELS; what is wrong with it is logged and kept for the system check."""
+    configuration_errors.clear()
+    try:
+        configured = conf.MODELS
+    except PgNotifyError:
+        return  # conf.problems() reports it
+    for label, options in configured.items():
+        try:
+            _publish_changes_of(apps.get_model(label), dict.fromkeys(("fields",)) | options)
+        except (LookupError, PgNotifyError) as exc:
+            configuration_errors.append(f"PGNOTIFY_MODELS[{label!r}]: {exc}")
+            logger.error("%s", configuration_errors[-1])
+
+
+def _publications_of(sender: type[Model]) -> list[Publication]:
+    """Publications of the tables that a row of ``sender`` lies in: its own, then its parents'."""
+    found = []
+    for base in sender.__mro__:
+        meta = getattr(base, "_meta", None)
+        if meta is not None and not meta.abstract and not meta.proxy:
+            publication = registry.publications.get(meta.label_lower)
+            if publication is not None:
+                found.append(publication)
+    return found
+
+
+# -- handlers -------------------------------------------------------------------------------
+
+
+def _loaded(sender: type[Model], instance: Model, **kwargs: Any) -> None:
+    for publication in _publications_of(sender):
+        changes.remember(publication.model, instance, publication.fields)
+
+
+def _saved(
+    sender: type[Model],
+    instance: Model,
+    created: bool,
+    raw: bool,
+    using: str,
+    update_fields: frozenset[str] | None,
+    **kwargs: Any,
+) -> None:
+    for publication in _publications_of(sender):
+        model, names = publication.model, publication.fields
+        changed = None
+        if not created:
+            own = {name for f in model._meta.concrete_fields for name in (f.name, f.attname)}
+            if update_fields is not None and own.isdisjoint(update_fields):
+                continue  # only a child's table was written
+            changed = changes.changed_names(model, instance, names, update_fields)
+        if names:
+            changes.remember(model, instance, names)
+        if not raw or conf.PUBLISH_RAW:
+            _emit(publication, "created" if created else "updated", instance, using, changed)
+
+
+def _deleted(sender: type[Model], instance: Model, using: str, **kwargs: Any) -> None:
+    publication = registry.publications.get(model_label(sender))
+    if publication is not None:
+        _emit(publication, "deleted", instance, using)
+
+
+def _m2m_changed(
+    sender: type[Model],
+    instance: Model,
+    action: str,
+    reverse: bool,
+    model: type[Model],
+    pk_set: set[Any] | None,
+    using: str,
+    **kwargs: Any,
+) -> None:
+    """Relations changed: an event for each row whose own field it was, whichever side was used."""
+    when, _, operation = action.partition("_")
+    owner = model if reverse else type(instance)
+    for publication in _publications_of(owner):
+        for field in publication.model._meta.local_many_to_many:
+            if field.remote_field.through is not sender:
+                continue
+            if not reverse:
+                if when == "post" and (pk_set or operation == "clear"):
+                    related = sorted(map(changes.plain, pk_set or ()), key=str)
+                    _emit_m2m(publication, field.name, operation, instance.pk, related, using)
+                continue
+            if operation == "clear":
+                # After the fact nobody can tell which rows it was.
+                cleared = vars(instance._state).setdefault(_CLEARED, {})
+                if when == "pre":
+                    near, far = field.m2m_reverse_field_name(), field.m2m_field_name()
+                    rows = sender._base_manager.using(using).filter(**{near: instance.pk})
+                    cleared[sender] = set(rows.values_list(far, flat=True))
+                else:
+                    pk_set = cleared.pop(sender, set())
+            if when == "post":
+                for pk in sorted(pk_set or (), key=str):
+                    related = [changes.plain(instance.pk)]
+                    _emit_m2m(publication, field.name, operation, pk, related, using)
+
+
+def _emit_m2m(
+    publication: Publication, field: str, operation: str, pk: Any, related: list[Any], using: str
+) -> None:
+    data = {"field": field, "operation": operation, "pks": related}
+    _publish(publication, "m2m_changed", changes.plain(pk), data, None, using)
+
+
+def _emit(
+    publication: Publication,
+    action: Action,
+    instance: Model,
+    using: str,
+    changed: tuple[str, ...] | None = None,
+) -> None:
+    try:
+        pk = changes.plain_pk(publication.model, instance)
+        data = changes.plain_values(publication.model, instance, publication.fields)
+    except Exception as exc:
+        _report(publication, exc)
+        return
+    _publish(publication, action, pk, data, changed, using)
+
+
+def _publish(
+    publication: Publication,
+    action: Action,
+    pk: Any,
+    data: dict[str, Any],
+    changed: tuple[str, ...] | None,
+    using: str,
+) -> None:
+    """Hand an event to its tier. Whatever goes wrong before SQL is sent must not break the save."""
+    if is_quiet() or (publication.actions is not None and action not in publication.actions):
+        return
+    about = {"model": publication.label, "pk": pk, "changed": changed}
+    try:
+        tier = publication.delivery or conf.DELIVERY
+        target = check_alias(publication.using or using)
+        try:
+            _, event = encode(publication.topic, action, data=data, **about)
+        except EventDataError as exc:
+            # A row that changed in silence is worse than an event without its values.
+            _report(publication, exc)
+            _, event = encode(publication.topic, action, data={}, **about)
+    except UnsupportedDatabase as exc:
+        if using not in _unsupported:
+            _unsupported.add(using)
+            _report(publication, exc)
+        return
+    except Exception as exc:
+        _report(publication, exc)
+        return
+    deliver(event, tier, connections[using], target)
+
+
+def _report(publication: Publication, exc: Exception) -> None:
+    publishing_stats.add("publish_failed")
+    logger.error(
+        "A change of %s could not be published as it should: %s",
+        publication.label,
+        exc,
+        exc_info=exc,
+        extra={"model": publication.label, "topic": publication.topic},
+    )

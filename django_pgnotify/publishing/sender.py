@@ -1,0 +1,117 @@
+"""Sends encoded events: packs them into frames and issues ``pg_notify``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from django.db import connections, transaction
+from django.utils.connection import ConnectionDoesNotExist
+
+from .. import signing
+from ..conf import conf
+from ..exceptions import UnsupportedDatabase
+from ..stats import publishing_stats
+from ..wire import FramePacker, Outgoing, reference_to
+
+FRAMES_PER_STATEMENT = 500
+"""At most 4 MB of payload in one statement."""
+
+_NOTIFY_ONE = "SELECT pg_notify(%s, %s)"
+_NOTIFY_MANY = "SELECT pg_notify(channel, payload) FROM unnest(%s::text[], %s::text[]) AS frame(channel, payload)"
+
+
+class Transport(Protocol):
+    """What carries encoded events away; PostgreSQL, unless a test says otherwise."""
+
+    def send(self, events: Sequence[Outgoing], using: str) -> None: ...
+
+
+class NotifyTransport:
+    """Issues NOTIFY on the Django connection of an alias, in the transaction that is open there."""
+
+    def send(self, events: Sequence[Outgoing], using: str) -> None:
+        packer = FramePacker(
+            conf.source, conf.CHANNEL_PREFIX, signing.sign if conf.SIGNING else None
+        )
+        if all(map(packer.fits, events)):
+            self._notify(packer.pack(events), using)
+            return
+        # One transaction, so that nobody hears of a row that is not there yet.
+        with transaction.atomic(using, savepoint=False):
+            self._notify(packer.pack(self._stored(events, packer, using)), using)
+
+    def _stored(
+        self, events: Sequence[Outgoing], packer: FramePacker, using: str
+    ) -> list[Outgoing]:
+        from .store import store  # models are not importable before the apps are loaded
+
+        big = [event for event in events if not packer.fits(event)]
+        rows = iter(store([event.body for event in big], using))
+        publishing_stats.add("stored", len(big))
+        return [
+            event if packer.fits(event) else reference_to(event, next(rows)) for event in events
+        ]
+
+    def _notify(self, frames: list[tuple[str, str]], using: str) -> None:
+        with connections[using].cursor() as cursor:
+            if len(frames) == 1:
+                cursor.execute(_NOTIFY_ONE, frames[0])
+            else:
+                for start in range(0, len(frames), FRAMES_PER_STATEMENT):
+                    channels, payloads = zip(
+                        *frames[start : start + FRAMES_PER_STATEMENT], strict=True
+                    )
+                    cursor.execute(_NOTIFY_MANY, [list(channels), list(payloads)])
+        publishing_stats.add("frames", len(frames))
+
+
+_transport: Transport = NotifyTransport()
+
+
+def send(events: Sequence[Outgoing], using: str) -> None:
+    """Send ``events`` now, in order, through the transport in use.
+
+    Raises:
+        django.db.Error: PostgreSQL refused or could not be reached.
+    """
+    _transport.send(events, using)
+    publishing_stats.add("published", len(events))
+
+
+@contextmanager
+def transport_in_use(transport: Transport) -> Iterator[None]:
+    """Send through another transport, in all threads, for the length of a test."""
+    global _transport
+    previous, _transport = _transport, transport
+    try:
+        yield
+    finally:
+        _transport = previous
+
+
+def current_transport() -> Transport:
+    return _transport
+
+
+def check_alias(using: object) -> str:
+    """Return ``using`` if it is the alias of a PostgreSQL database.
+
+    Raises:
+        UnsupportedDatabase: it is not in DATABASES, or its engine is not PostgreSQL.
+    """
+    try:
+        connection = connections[using] if isinstance(using, str) else None
+    except ConnectionDoesNotExist:
+        connection = None
+    if connection is None or not isinstance(using, str):
+        raise UnsupportedDatabase(
+            f"There is no database alias {using!r}; DATABASES has {', '.join(map(repr, connections))}."
+        )
+    if connection.vendor != "postgresql":
+        raise UnsupportedDatabase(
+            f"Database alias {using!r} is {connection.vendor}, which has no NOTIFY; "
+            f"name a PostgreSQL alias in using= or PGNOTIFY_DATABASE."
+        )
+    return using

@@ -1,0 +1,253 @@
+"""Who publishes what, and who receives it: filled at import time, read by everything else."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from .events import Action, Delivery, Event, Topic, check_actions, check_topic
+from .exceptions import DuplicateReceiver, InvalidReceiver, InvalidTopic
+
+Source = Any
+"""A model class, a ``Topic`` or the name of a topic."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What a model publishes of its changes (see ``notify_changes``)."""
+
+    model: Any
+    label: str
+    topic: str
+    fields: tuple[str, ...] = ()
+    actions: frozenset[Action] | None = None
+    delivery: Delivery | None = None
+    using: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """One stream a receiver hears: a topic, and the one model on it if it asked for a model."""
+
+    topic: str
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """A registered receiver and its options (see :func:`receiver`)."""
+
+    uid: str
+    func: Callable[..., Any]
+    sources: tuple[Source, ...]
+    actions: frozenset[Action] | None = None
+    every_node: bool = False
+    concurrency: int = 1
+    retries: int = 0
+    on_gap: bool = False
+    purpose: dict[str, Any] = field(default_factory=dict)
+    """What ``forward`` and ``invalidates`` leave here for the system checks."""
+
+    @property
+    def is_async(self) -> bool:
+        return is_coroutine_callable(self.func)
+
+
+class Registry:
+    """Publications by model label, and receivers in the order of registration."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.publications: dict[str, Publication] = {}
+        self._receivers: dict[str, Receiver] = {}
+
+    @property
+    def receivers(self) -> list[Receiver]:
+        return list(self._receivers.values())
+
+    def add(self, receiver: Receiver, *, explicit_uid: bool) -> None:
+        """Register ``receiver``; registering the same function for the same source twice is once.
+
+        Raises:
+            DuplicateReceiver: its uid was given explicitly and is taken.
+        """
+        with self._lock:
+            uid, number = receiver.uid, 1
+            while (taken := self._receivers.get(uid)) is not None:
+                if explicit_uid:
+                    raise DuplicateReceiver(
+                        f"dispatch_uid {uid!r} is taken by {describe(taken.func)}; give "
+                        f"{describe(receiver.func)} one of its own."
+                    )
+                if taken.func is receiver.func:
+                    return
+                number += 1
+                uid = f"{receiver.uid}#{number}"
+            if uid != receiver.uid:
+                receiver = replace(receiver, uid=uid)
+            self._receivers[uid] = receiver
+
+    def remove(self, func: Callable[..., Any]) -> bool:
+        """Forget every registration of ``func``; tells whether there was one."""
+        with self._lock:
+            gone = [uid for uid, entry in self._receivers.items() if entry.func is func]
+            for uid in gone:
+                del self._receivers[uid]
+            return bool(gone)
+
+    def subscriptions(self, receiver: Receiver) -> tuple[Subscription, ...]:
+        """The streams of a receiver, as the models are configured now."""
+        return tuple(self.subscription(source) for source in receiver.sources)
+
+    def subscription(self, source: Source) -> Subscription:
+        if isinstance(source, Topic):
+            return Subscription(source.name)
+        if isinstance(source, str):
+            return Subscription(source)
+        label = model_label(source)
+        publication = self.publications.get(label)
+        return Subscription(label if publication is None else publication.topic, label)
+
+    @contextmanager
+    def isolated(self) -> Iterator[Registry]:
+        """For tests: no receivers inside, and those of before again afterwards."""
+        saved, self._receivers = self._receivers, {}
+        try:
+            yield self
+        finally:
+            self._receivers = saved
+
+
+registry = Registry()
+
+
+def receiver(
+    source: Source | Iterable[Source],
+    *,
+    actions: Iterable[str] | None = None,
+    every_node: bool = False,
+    concurrency: int = 1,
+    retries: int = 0,
+    dispatch_uid: str | None = None,
+    on_gap: bool = False,
+) -> Callable[[F], F]:
+    """Register a function to be called with each :class:`Event` of a source.
+
+    Args:
+        source: a model class, a topic (name or :class:`Topic`), or a list of them.
+        actions: only these actions, such as ``["created", "updated"]``; None for all.
+        every_node: True runs it in every listener; False in one of the deployment, the leader.
+        concurrency: events handled at once (≥ 1). Events with the same key stay in order.
+        retries: further attempts after a failure, with growing pauses (≥ 0).
+        dispatch_uid: a name of its own; default: module, qualified name and source.
+        on_gap: also call it with ``action="gap"`` when events may have been missed.
+
+    Raises:
+        InvalidReceiver: the function cannot be called with one event, or an option cannot work.
+        InvalidTopic, InvalidAction: the source or an action is not valid.
+        DuplicateReceiver: the ``dispatch_uid`` is taken.
+    """
+    sources = check_sources(source)
+    chosen = check_actions(actions)
+    _check_count("concurrency", concurrency, 1)
+    _check_count("retries", retries, 0)
+    if dispatch_uid is not None and (not isinstance(dispatch_uid, str) or not dispatch_uid):
+        raise InvalidReceiver(f"dispatch_uid= takes a non-empty string; got {dispatch_uid!r}.")
+
+    def register(func: F) -> F:
+        check_signature(func)
+        names = ",".join(source_name(one) for one in sources)
+        registry.add(
+            Receiver(
+                uid=dispatch_uid or f"{describe(func)}:{names}",
+                func=func,
+                sources=sources,
+                actions=chosen,
+                every_node=bool(every_node),
+                concurrency=concurrency,
+                retries=retries,
+                on_gap=bool(on_gap) or (chosen is not None and "gap" in chosen),
+            ),
+            explicit_uid=dispatch_uid is not None,
+        )
+        return func
+
+    return register
+
+
+def check_sources(source: Source | Iterable[Source]) -> tuple[Source, ...]:
+    """``source`` as a tuple of models and topics; raises InvalidTopic for anything else."""
+    if isinstance(source, (list, tuple, set, frozenset)):
+        sources = tuple(source)
+    else:
+        sources = (source,)
+    if not sources:
+        raise InvalidTopic("The list of sources is empty: name a model or a topic.")
+    for one in sources:
+        if not isinstance(one, Topic) and not is_model(one):
+            check_topic(one)
+    return sources
+
+
+def is_model(source: object) -> bool:
+    """Whether ``source`` is a Django model class (recognised by its ``_meta``)."""
+    return isinstance(source, type) and hasattr(getattr(source, "_meta", None), "label_lower")
+
+
+def model_label(model: Any) -> str:
+    """Lower-case label of the model whose table it is: a proxy shares that of its concrete one."""
+    label: str = (model._meta.concrete_model or model)._meta.label_lower
+    return label
+
+
+def source_name(source: Source) -> str:
+    return model_label(source) if is_model(source) else str(source)
+
+
+def describe(func: Callable[..., Any]) -> str:
+    """``module.qualified_name`` of a callable, as messages and default uids show it."""
+    name = getattr(func, "__qualname__", None) or type(func).__qualname__
+    return f"{getattr(func, '__module__', '?')}.{name}"
+
+
+def is_coroutine_callable(func: Callable[..., Any]) -> bool:
+    call = getattr(func, "__call__", None)  # noqa: B004 - an object's async __call__ counts too
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(call)
+
+
+def check_signature(func: object) -> None:
+    """Raise InvalidReceiver unless ``func`` can be called with one positional argument."""
+    if not callable(func):
+        raise InvalidReceiver(f"A receiver is a function of one event; got {func!r}.")
+    name = describe(func)
+    if inspect.isclass(func):
+        raise InvalidReceiver(f"{name} is a class; a receiver is a function of one event.")
+    if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+        raise InvalidReceiver(f"{name} is a generator and would never run; use def or async def.")
+    try:
+        signature = inspect.signature(func)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(object())
+    except TypeError as exc:
+        raise InvalidReceiver(
+            f"{name}{signature} cannot be called with one event ({exc}); "
+            f"write it as def {getattr(func, '__name__', 'receiver')}(event)."
+        ) from None
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidReceiver(f"{name}= takes a whole number of at least {least}; got {value!r}.")
+
+
+def accepts(receiver: Receiver, event: Event) -> bool:
+    """Whether a receiver's ``actions=`` lets an event through."""
+    return receiver.actions is None or event.action in receiver.actions

@@ -1,0 +1,37 @@
+"""Counters of what happened in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+
+class Stats:
+    """Named counters that any thread may raise.
+
+    Names in use: ``published``, ``frames``, ``stored``, ``publish_failed`` on the publishing
+    side; ``received``, ``foreign``, ``broken``, ``handled``, ``failed``, ``retried``, ``dropped``,
+    ``gaps`` on the listening side.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += amount
+
+    def __getitem__(self, name: str) -> int:
+        """The count of ``name``, 0 if it never happened."""
+        with self._lock:
+            return self._counts[name]
+
+    def snapshot(self) -> dict[str, int]:
+        """A copy of all counters."""
+        with self._lock:
+            return dict(self._counts)
+
+
+publishing_stats = Stats()
+"""What this process published, over all databases."""

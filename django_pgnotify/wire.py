@@ -1,0 +1,433 @@
+"""What travels through PostgreSQL: wire channels, frames and the events inside them.
+
+A frame is one NOTIFY payload, UTF-8 JSON that any language can read::
+
+    {"pgnotify":1,"source":"web1:4711","events":[{"id":"…","action":"updated",…},…]}
+
+With signing there is a ``"sig"`` right behind the version; it covers the wire channel and every
+character behind itself. A payload that does not begin as a frame is foreign: one value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, cast
+
+from .events import ACTIONS, Action, Event, new_event_id
+from .exceptions import EventDataError, FrameError
+
+PAYLOAD_LIMIT = 7999
+"""Bytes in a NOTIFY payload: PostgreSQL refuses 8000 (NOTIFY_PAYLOAD_MAX_LENGTH, async.c)."""
+
+CHANNEL_LIMIT = 63
+"""Bytes in a channel name (NAMEDATALEN - 1). LISTEN would cut a longer one without a word."""
+
+VERSION = 1
+
+MAX_DEPTH = 200
+"""Levels of nesting in the data of an event; Python's JSON decoder gives up not far above."""
+
+_FRAME_START = re.compile(r'\s*\{\s*"pgnotify"\s*:')
+_SIGNED_START = re.compile(r'\{"pgnotify":1,"sig":"([^"\\]*)",')
+_DIGEST_SIZE = 16
+
+Sign = Callable[[str], str]
+Verify = Callable[[str, str], bool]
+ToPlain = Callable[[Any], Any]
+
+
+def wire_channel(topic: str, prefix: str = "") -> str:
+    """The PostgreSQL channel of a topic: prefix and name, hashed where that exceeds 63 bytes."""
+    name = prefix + topic
+    encoded = name.encode()
+    if len(encoded) <= CHANNEL_LIMIT:
+        return name
+    digest = digest_of(name)
+    head = encoded[: CHANNEL_LIMIT - len(digest) - 1].decode(errors="ignore")
+    return f"{head}~{digest}"
+
+
+def digest_of(text: str) -> str:
+    """32 hexadecimal digits that stand for ``text`` (BLAKE2b, 128 bits)."""
+    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_SIZE).hexdigest()
+
+
+# -- one event ------------------------------------------------------------------------------
+
+
+class Outgoing(NamedTuple):
+    """An event ready to leave: its JSON text, with what packing must know of it."""
+
+    topic: str
+    key: str | None
+    body: str
+    size: int
+
+
+def encode_event(
+    topic: str,
+    action: Action,
+    *,
+    data: Any,
+    published_at: datetime,
+    to_plain: ToPlain,
+    model: str | None = None,
+    pk: Any = None,
+    key: str | None = None,
+    changed: Iterable[str] | None = None,
+) -> tuple[str, Outgoing]:
+    """Encode one new event; returns its id and what is to be sent.
+
+    Args:
+        to_plain: turns a value that JSON does not know into one that it does, or raises TypeError.
+
+    Raises:
+        EventDataError: ``data`` or ``pk`` cannot be carried; the message names the path in it.
+    """
+    event_id = new_event_id()
+    fields: dict[str, Any] = {"id": event_id, "action": action, "at": published_at.timestamp()}
+    if model is not None:
+        fields["model"] = model
+        fields["pk"] = pk
+    if key is not None:
+        fields["key"] = key
+    if changed is not None:
+        fields["changed"] = list(changed)
+    if data is not None:
+        fields["data"] = data
+    body = _dumps(fields, to_plain)
+    return event_id, Outgoing(topic, key, body, byte_length(body))
+
+
+def reference_to(event: Outgoing, row: int) -> Outgoing:
+    """The event that stands for ``event``, which is stored in ``row`` because it is too big."""
+    body = _dumps({"ref": row, "digest": digest_of(event.body)}, _nothing_else)
+    return Outgoing(event.topic, event.key, body, len(body))
+
+
+def byte_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _dumps(value: dict[str, Any], to_plain: ToPlain) -> str:
+    try:
+        text = json.dumps(
+            value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=to_plain
+        )
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise EventDataError(_why_not_json(value, to_plain) or str(exc)) from exc
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
+            text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=to_plain)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        problem = _why_not_json(value, to_plain)
+        if problem:
+            raise EventDataError(problem)
+    return text
+
+
+def _nothing_else(value: Any) -> Any:
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _why_not_json(fields: Mapping[str, Any], to_plain: ToPlain) -> str | None:
+    """The first thing in ``fields`` that JSON cannot carry, with its path; None if all is well.
+
+    Iterative, because the very thing it looks for may be nested too deeply to recurse into.
+    """
+    stack: list[tuple[str, Any, tuple[int, ...]]] = [
+        (name, value, ()) for name, value in reversed(list(fields.items()))
+    ]
+    while stack:
+        path, value, above = stack.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{path} is {value!r}, which JSON has no word for. Send None or a string."
+        if isinstance(value, (str, int, float)) or value is None:
+            continue
+        if isinstance(value, (dict, list, tuple)):
+            if id(value) in above:
+                return f"{path} contains itself, so JSON cannot carry it."
+            if len(above) >= MAX_DEPTH:
+                return f"{_shorten(path)} is nested deeper than {MAX_DEPTH} levels."
+            inside = (*above, id(value))
+            if isinstance(value, dict):
+                for name in value:
+                    if not isinstance(name, (str, int, float)) and name is not None:
+                        return f"{path} has the key {name!r}; the keys of a JSON object are text."
+                members = [(f"{path}[{name!r}]", member) for name, member in value.items()]
+            else:
+                members = [(f"{path}[{index}]", member) for index, member in enumerate(value)]
+            stack.extend((where, member, inside) for where, member in reversed(members))
+            continue
+        try:
+            stack.append((path, to_plain(value), above))
+        except TypeError:
+            return (
+                f"{path} is {_shorten(repr(value))} ({type(value).__name__}), "
+                f"which JSON cannot carry. Send plain values: text, numbers, lists, dicts."
+            )
+    return None
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+# -- frames out -----------------------------------------------------------------------------
+
+
+class FramePacker:
+    """Packs events into as few frames as fit.
+
+    Args:
+        source: ``node:pid`` of the publisher.
+        prefix: ``PGNOTIFY_CHANNEL_PREFIX``.
+        sign: returns the signature of a text; None sends unsigned frames.
+    """
+
+    def __init__(self, source: str, prefix: str = "", sign: Sign | None = None) -> None:
+        self._prefix = prefix
+        self._sign = sign
+        self._head = f'"source":{json.dumps(source)},"events":['
+        overhead = len('{"pgnotify":1,') + len(self._head) + len("]}")
+        if sign is not None:
+            overhead += len(f'"sig":"{sign("")}",')
+        self.room = PAYLOAD_LIMIT - overhead
+        """Bytes that all the events of one frame may take, with the commas between them."""
+
+    def fits(self, event: Outgoing) -> bool:
+        return event.size <= self.room
+
+    def pack(self, events: Iterable[Outgoing]) -> list[tuple[str, str]]:
+        """Frames as (wire channel, payload), in the order in which they must be sent.
+
+        Events of one topic keep their order, and so do events with the same explicit key on
+        different topics. Each event must fit (:meth:`fits`).
+        """
+        done: list[tuple[str, str]] = []
+        opened: dict[str, list[str]] = {}
+        sizes: dict[str, int] = {}
+        topic_of_key: dict[str, str] = {}
+        for topic, key, body, size in events:
+            if key is not None and topic_of_key.setdefault(key, topic) != topic:
+                # Were the two topics packed apart, this one could overtake the earlier event.
+                done += [self._frame(name, bodies) for name, bodies in opened.items()]
+                opened, topic_of_key = {}, {key: topic}
+            bodies = opened.get(topic)
+            if bodies is None:
+                opened[topic] = [body]
+                sizes[topic] = size
+            elif sizes[topic] + 1 + size <= self.room:
+                bodies.append(body)
+                sizes[topic] += 1 + size
+            else:
+                done.append(self._frame(topic, opened.pop(topic)))
+                opened[topic] = [body]
+                sizes[topic] = size
+        done += [self._frame(name, bodies) for name, bodies in opened.items()]
+        return done
+
+    def _frame(self, topic: str, bodies: Sequence[str]) -> tuple[str, str]:
+        channel = wire_channel(topic, self._prefix)
+        rest = f"{self._head}{','.join(bodies)}]}}"
+        if self._sign is None:
+            return channel, f'{{"pgnotify":1,{rest}'
+        return channel, f'{{"pgnotify":1,"sig":"{self._sign(f"{channel}:{rest}")}",{rest}'
+
+
+# -- frames in ------------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """A decoded payload: events still as JSON objects, or the one value of a foreign payload."""
+
+    source: str | None
+    events: list[Any]
+    foreign: bool = False
+
+
+def decode_frame(payload: str, channel: str = "", verify: Verify | None = None) -> Frame:
+    """Decode one payload.
+
+    Args:
+        channel: wire channel it arrived on, which a signature covers.
+        verify: tells whether a signature belongs to a text; None accepts unsigned payloads.
+
+    Raises:
+        FrameError: it begins as a frame and is none, or lacks the signature asked for. The
+            message never quotes the payload.
+    """
+    if not _FRAME_START.match(payload):
+        if verify is not None:
+            raise FrameError("unsigned: not a frame, and PGNOTIFY_SIGNING is on")
+        return Frame(None, [_foreign_value(payload)], foreign=True)
+    if verify is not None:
+        signed = _SIGNED_START.match(payload)
+        if signed is None:
+            raise FrameError("unsigned, and PGNOTIFY_SIGNING is on")
+        if not verify(f"{channel}:{payload[signed.end() :]}", signed.group(1)):
+            raise FrameError("the signature does not belong to this frame")
+    try:
+        frame = json.loads(payload, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise FrameError("nested too deeply") from None
+    except ValueError as exc:
+        # JSONDecodeError keeps the whole payload in .doc, hence "from None" and no message.
+        raise FrameError(f"not JSON ({type(exc).__name__})") from None
+    if frame["pgnotify"] != VERSION or isinstance(frame["pgnotify"], bool):
+        raise FrameError(f"its version is not {VERSION}")
+    events, source = frame.get("events"), frame.get("source")
+    if not isinstance(events, list):
+        raise FrameError("it has no list of events")
+    if source is not None and not isinstance(source, str):
+        raise FrameError("its source is not text")
+    return Frame(source, events)
+
+
+def _foreign_value(payload: str) -> Any:
+    try:
+        return json.loads(payload, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise FrameError("nested too deeply") from None
+    except ValueError:
+        return payload
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+class Reference(NamedTuple):
+    """Where an event that was too big to ride is stored, and what its text must hash to."""
+
+    row: int
+    digest: str | None
+
+
+def reference_in(raw: Any) -> Reference | None:
+    """The reference that an event of a frame is, None if it is an event of its own."""
+    if not isinstance(raw, dict) or "ref" not in raw:
+        return None
+    row, digest = raw["ref"], raw.get("digest")
+    if not isinstance(row, int) or isinstance(row, bool) or not isinstance(digest, str | None):
+        raise FrameError("a reference to a stored event is malformed")
+    return Reference(row, digest)
+
+
+def stored_body(body: str, digest: str | None) -> Any:
+    """The event in a stored row, still a JSON object.
+
+    Raises:
+        FrameError: the row does not hold what the reference promised.
+    """
+    if digest is not None and digest_of(body) != digest:
+        raise FrameError("a stored event is not the one that was referred to")
+    try:
+        return json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise FrameError("a stored event is not JSON") from None
+
+
+def event_from(
+    raw: Any,
+    *,
+    topic: str,
+    source: str,
+    received_at: datetime,
+    using: str | None = None,
+    resolve: Callable[[str, Any], tuple[str, Any]] | None = None,
+) -> Event:
+    """Build the event that a frame's JSON object describes.
+
+    What another program may leave out has a default: id, time, key, data.
+
+    Args:
+        resolve: given a model label and a primary key as JSON value, returns both as Django
+            knows them, or raises FrameError if there is no such model or key.
+
+    Raises:
+        FrameError: a member has the wrong type or value.
+    """
+    if not isinstance(raw, dict):
+        raise FrameError("an event is not a JSON object")
+    get = raw.get
+    action, model, pk, key = get("action", "published"), get("model"), get("pk"), get("key")
+    if action not in ACTIONS or action == "gap":
+        raise FrameError("an event has an unknown action")
+    if model is None:
+        if action != "published":
+            raise FrameError(f"an event is {action!r} and names no model")
+    elif not isinstance(model, str):
+        raise FrameError("an event's model is not text")
+    elif resolve is not None:
+        model, pk = resolve(model, pk)
+    if key is None:
+        if model is not None:
+            key = f"{model}:{pk}"
+    elif not isinstance(key, str):
+        raise FrameError("an event's key is not text")
+    event_id = get("id")
+    if event_id is None:
+        event_id = new_event_id()
+    elif not isinstance(event_id, str):
+        raise FrameError("an event's id is not text")
+    changed = get("changed")
+    if changed is not None:
+        if not isinstance(changed, list) or not all(isinstance(name, str) for name in changed):
+            raise FrameError("an event's list of changed fields is not a list of text")
+        changed = tuple(changed)
+    data = get("data")
+    if data is None and model is not None:
+        data = {}
+    return Event(
+        event_id,
+        topic,
+        cast("Action", action),
+        model,
+        pk,
+        data,
+        key,
+        source,
+        _time(get("at"), received_at),
+        changed,
+        using,
+    )
+
+
+def foreign_event(
+    value: Any, *, topic: str, source: str, received_at: datetime, using: str | None = None
+) -> Event:
+    """The event that a payload of somebody else's stands for."""
+    return Event(
+        new_event_id(), topic, "published", None, None, value, None, source, received_at, None, using
+    )
+
+
+def gap_event(
+    topic: str, *, since: datetime | None, until: datetime, cause: str, using: str | None = None
+) -> Event:
+    """The event that tells a receiver of ``topic`` that it may have missed something."""
+    data = {
+        "since": None if since is None else since.isoformat(),
+        "until": until.isoformat(),
+        "cause": cause,
+    }
+    return Event(new_event_id(), topic, "gap", None, None, data, None, "listener", until, None, using)
+
+
+def _time(at: Any, default: datetime) -> datetime:
+    if at is None:
+        return default
+    if isinstance(at, bool) or not isinstance(at, (int, float)):
+        raise FrameError("an event's time is not a number of seconds")
+    try:
+        return datetime.fromtimestamp(at, UTC)
+    except (ValueError, OverflowError, OSError):
+        raise FrameError("an event's time is out of range") from None
