@@ -73,7 +73,7 @@ class ListenConnection:
         except TimeoutError as exc:
             raise CannotConnect(f"no answer within {timeout:g} s") from exc
         except (psycopg.Error, OSError) as exc:
-            raise CannotConnect(_first_line(exc)) from exc
+            raise CannotConnect(first_line(exc)) from exc
         connection = cls(raw, on_input)
         try:
             await connection._introduce(timeout)
@@ -117,7 +117,7 @@ class ListenConnection:
             psycopg.Error: the server refused the statement.
         """
         if self.lost is not None or self.closed:
-            raise ConnectionLost(_first_line(self.lost)) from self.lost
+            raise ConnectionLost(first_line(self.lost)) from self.lost
         if self._answer is not None:
             raise RuntimeError("a statement is in flight on the listening connection already")
         self._answer = self._loop.create_future()
@@ -137,7 +137,7 @@ class ListenConnection:
             if self.lost is None and self._pgconn.status != pq.ConnStatus.BAD:
                 raise
             self._lose(exc)
-            raise ConnectionLost(_first_line(exc)) from exc
+            raise ConnectionLost(first_line(exc)) from exc
         finally:
             self._answer = None
 
@@ -212,7 +212,7 @@ class ListenConnection:
             self.lost = exc
             self._detach()
             if self._answer is not None and not self._answer.done():
-                self._answer.set_exception(psycopg.OperationalError(_first_line(exc)))
+                self._answer.set_exception(psycopg.OperationalError(first_line(exc)))
             self._on_input()
 
     def _detach(self) -> None:
@@ -234,6 +234,7 @@ def _with_keepalives(params: dict[str, Any], timeout: float) -> dict[str, Any]:
     }
 
 
-def _first_line(exc: BaseException | None) -> str:
+def first_line(exc: BaseException | None) -> str:
+    """What libpq says in several lines, cut to the one that names the cause."""
     lines = str(exc).strip().splitlines() if exc is not None else []
     return lines[0] if lines else type(exc).__name__

@@ -90,7 +90,8 @@ class Intake:
     def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
         self._stats.add("gaps")
         logger.warning(
-            "Frames may have been missed from %s to %s: %s",
+            "%s may have missed frames from %s to %s: %s",
+            "Receivers of the leader" if for_leader else "This listener",
             since,
             until,
             cause,

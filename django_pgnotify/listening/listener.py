@@ -20,7 +20,7 @@ from ..conf import conf
 from ..exceptions import ConnectionLost, ListenError
 from ..wire import wire_channel
 from . import session as todo
-from .connection import ListenConnection, Notification
+from .connection import ListenConnection, Notification, first_line
 from .session import Command, Session, Timing
 
 logger = logging.getLogger("django_pgnotify.listening")
@@ -185,7 +185,7 @@ class Listener:
         if heard:
             await self._carry_out(self.session.notified(self._now(), heard))
         if connection.lost is not None and connection is self._connection:
-            await self._fail(ConnectionLost(f"the connection broke: {connection.lost}".strip()))
+            await self._fail(ConnectionLost(f"the connection broke: {first_line(connection.lost)}"))
 
     async def _echoed(self, nonce: str) -> None:
         self.round_trip = self._now() - self._echo_sent
@@ -193,7 +193,7 @@ class Listener:
 
     async def _fail(self, exc: Exception) -> None:
         self.last_error = exc
-        await self._carry_out(self.session.failed(self._now(), str(exc)))
+        await self._carry_out(self.session.failed(self._now(), first_line(exc)))
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -11,7 +11,7 @@ import psycopg
 from ..conf import conf
 from ..exceptions import CannotConnect, ListenError
 from ..wire import wire_channel
-from .connection import ListenConnection
+from .connection import ListenConnection, first_line
 from .listener import connection_params
 
 _IDENTITY = (
@@ -38,7 +38,7 @@ async def probe(using: str) -> str | None:
         try:
             return await _prove(using, listening, publishing, arrived)
         except (ListenError, psycopg.Error) as exc:
-            return f"database {using!r} refused: {_first_line(exc)}"
+            return f"database {using!r} refused: {first_line(exc)}"
         finally:
             publishing.close()
     finally:
@@ -97,6 +97,3 @@ def _cannot_reach(using: str, exc: ListenError) -> str:
     verb = "cannot connect to" if isinstance(exc, CannotConnect) else "cannot listen on"
     return f"{verb} database {using!r}: {exc}"
 
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.core.serializers.json import DjangoJSONEncoder
-from django.db import connections, transaction
+from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..conf import conf
@@ -116,11 +116,17 @@ def deliver(event: Outgoing, tier: Delivery, connection: BaseDatabaseWrapper, us
     """Send ``event`` on alias ``using`` as ``tier`` asks, with the transaction of ``connection``."""
     if tier == "atomic" and connection.alias == using:
         send([event], using)
-    elif not connection.in_atomic_block and not transaction.get_autocommit(connection.alias):
+    elif not connection.in_atomic_block and not _autocommit(connection):
         # Nobody tells us of a commit made by hand; inside the transaction PostgreSQL does.
         send([event], using)
     else:
         _buffer_of(connection).add(event, using)
+
+
+def _autocommit(connection: BaseDatabaseWrapper) -> bool:
+    if connection.connection is None:  # not connected yet, and no reason to connect for this
+        return bool(connection.settings_dict["AUTOCOMMIT"])
+    return bool(connection.autocommit)
 
 
 def _buffer_of(connection: BaseDatabaseWrapper) -> CommitBuffer:
