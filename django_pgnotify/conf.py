@@ -99,7 +99,7 @@ def _models(value: Any) -> dict[str, dict[str, Any]]:
         unknown = set(options) - MODEL_OPTIONS
         if unknown:
             raise ValueError(
-                f"{label!r} has the unknown option {sorted(unknown)[0]!r}; "
+                f"{label!r} has the unknown option {min(unknown)!r}; "
                 f"choose from {', '.join(sorted(MODEL_OPTIONS))}."
             )
     return value

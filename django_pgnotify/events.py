@@ -47,7 +47,7 @@ def check_delivery(value: object) -> Delivery:
     """Return ``value`` if it is a delivery tier; raise :exc:`InvalidDelivery` otherwise."""
     if value not in DELIVERIES:
         raise InvalidDelivery(f"Unknown delivery {value!r}; choose one of {', '.join(DELIVERIES)}.")
-    return cast("Delivery", value)
+    return value
 
 
 def check_actions(

@@ -17,7 +17,6 @@ PgNotifyError
  └── ListenError
       ├── CannotConnect
       ├── StandbyServer
-      ├── EchoLost
       └── ConnectionLost
 """
 
@@ -94,10 +93,6 @@ class CannotConnect(ListenError):
 
 class StandbyServer(ListenError):
     """The server is a standby, where LISTEN does not exist. Name the primary."""
-
-
-class EchoLost(ListenError):
-    """A NOTIFY to ourselves did not come back in time; most often a pooler is in between."""
 
 
 class ConnectionLost(ListenError):

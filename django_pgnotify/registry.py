@@ -183,10 +183,8 @@ def receiver(
 
 def check_sources(source: Source | Iterable[Source]) -> tuple[Source, ...]:
     """``source`` as a tuple of models and topics; raises InvalidTopic for anything else."""
-    if isinstance(source, (list, tuple, set, frozenset)):
-        sources = tuple(source)
-    else:
-        sources = (source,)
+    several = isinstance(source, (list, tuple, set, frozenset))
+    sources = tuple(source) if several else (source,)
     if not sources:
         raise InvalidTopic("The list of sources is empty: name a model or a topic.")
     for one in sources:

@@ -68,7 +68,7 @@ def fill(
         out.append(literal)
         if name is not None:
             value, _ = _formatter.get_field(name, (), fields)
-            value = _formatter.convert_field(value, conversion)  # type: ignore[arg-type]
+            value = _formatter.convert_field(value, conversion)
             if isinstance(value, tuple):
                 value = ".".join(map(str, value))  # a composite key
             out.append(escape(format(value, spec or "")))

@@ -406,7 +406,17 @@ def foreign_event(
 ) -> Event:
     """The event that a payload of somebody else's stands for."""
     return Event(
-        new_event_id(), topic, "published", None, None, value, None, source, received_at, None, using
+        new_event_id(),
+        topic,
+        "published",
+        None,
+        None,
+        value,
+        None,
+        source,
+        received_at,
+        None,
+        using,
     )
 
 
@@ -419,7 +429,9 @@ def gap_event(
         "until": until.isoformat(),
         "cause": cause,
     }
-    return Event(new_event_id(), topic, "gap", None, None, data, None, "listener", until, None, using)
+    return Event(
+        new_event_id(), topic, "gap", None, None, data, None, "listener", until, None, using
+    )
 
 
 def _time(at: Any, default: datetime) -> datetime:

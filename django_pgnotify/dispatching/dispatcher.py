@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -136,10 +137,9 @@ class Dispatcher:
             self._runner.start(lane)
 
     def _worker_ended(self) -> None:
-        try:
+        # Where the loop was closed while a receiver ran on, nobody is left to tell.
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._look_again)
-        except RuntimeError:
-            pass  # the loop was closed while a receiver ran on: nobody is left to tell
 
     def _look_again(self) -> None:
         self._end_overflows()

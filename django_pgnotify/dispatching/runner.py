@@ -109,7 +109,7 @@ class Runner:
         while True:
             try:
                 func(event)
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - a receiver may raise anything
                 retry = self._may_retry(lane, pauses)
                 self._report(lane, event, exc, pauses.attempts + 1, retry)
                 signals.receiver_failed.send_robust(
@@ -151,7 +151,7 @@ class Runner:
         while True:
             try:
                 await func(event)
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - a receiver may raise anything
                 retry = self._may_retry(lane, pauses)
                 self._report(lane, event, exc, pauses.attempts + 1, retry)
                 await signals.receiver_failed.asend_robust(

@@ -45,9 +45,7 @@ def routes_of(registry: Registry, topics: Iterable[str] | None = None) -> list[R
 class _Observed:
     """A consumer that shows every batch to somebody before the dispatcher gets it."""
 
-    def __init__(
-        self, dispatcher: Dispatcher, observe: Callable[[Sequence[Event]], None]
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, observe: Callable[[Sequence[Event]], None]) -> None:
         self._observe = observe
         self._dispatcher = dispatcher
         self.gap = dispatcher.gap

@@ -291,7 +291,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             kind, name, body = msgpack.unpackb(base64.b64decode(payload, validate=True))
             if not isinstance(name, str) or not isinstance(body, bytes):
                 raise ValueError("wrong types")
-        except Exception as exc:  # anybody may NOTIFY anything, and msgpack raises many kinds
+        except Exception as exc:  # noqa: BLE001 - anybody may NOTIFY anything; msgpack raises many
             self.stats.add("broken")
             logger.warning("Skipped a message that is none of ours (%s)", type(exc).__name__)
             return

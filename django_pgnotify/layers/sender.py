@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple
 
 import psycopg
@@ -31,7 +32,9 @@ BATCH = 100
 _PRUNE_EVERY = 100
 _EXIT_TIMEOUT = 2.0
 
-_NOTIFY = "SELECT pg_notify(channel, payload) FROM unnest(%s::text[], %s::text[]) AS m(channel, payload)"
+_NOTIFY = (
+    "SELECT pg_notify(channel, payload) FROM unnest(%s::text[], %s::text[]) AS m(channel, payload)"
+)
 _STORE = (
     "WITH stored AS (INSERT INTO pgnotify_stored_event (body) VALUES (%s) RETURNING id) "
     "SELECT pg_notify(%s, %s || id) FROM stored"
@@ -113,7 +116,7 @@ class Sender:
             self._notify(small)
             small = []
             if isinstance(job, _Send):
-                self._finish([job], lambda connection, job=job: self._store(connection, job))
+                self._finish([job], partial(self._store, job))
             else:
                 self._fetch(job)
         self._notify(small)
@@ -123,7 +126,7 @@ class Sender:
             params = [[job.channel for job in jobs], [job.payload for job in jobs]]
             self._finish(jobs, lambda connection: connection.execute(_NOTIFY, params))
 
-    def _store(self, connection: psycopg.Connection[Any], job: _Send) -> None:
+    def _store(self, job: _Send, connection: psycopg.Connection[Any]) -> None:
         connection.execute(_STORE, (job.payload, job.channel, REFERENCE))
         self._stored += 1
         if self._stored % _PRUNE_EVERY == 0:
@@ -131,15 +134,15 @@ class Sender:
 
     def _fetch(self, job: _Fetch) -> None:
         try:
-            row = self._retrying(lambda connection: connection.execute(_FETCH, (job.row,)).fetchone())
+            row = self._retrying(
+                lambda connection: connection.execute(_FETCH, (job.row,)).fetchone()
+            )
         except (psycopg.Error, OSError) as exc:
             logger.error("A stored message could not be fetched: %s", exc)
             row = None
         job.done.set_result(None if row is None else row[0])
 
-    def _finish(
-        self, jobs: list[_Send], work: Callable[[psycopg.Connection[Any]], object]
-    ) -> None:
+    def _finish(self, jobs: list[_Send], work: Callable[[psycopg.Connection[Any]], object]) -> None:
         try:
             self._retrying(work)
         except (psycopg.Error, OSError) as exc:

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import datetime
 
 from .connection import Notification
@@ -110,10 +111,8 @@ class BackgroundListener:
     def _update(self) -> None:
         loop, listener = self._loop, self._listener
         if loop is not None and listener is not None:
-            try:
+            with suppress(RuntimeError):  # the thread has ended; nothing more will be heard
                 loop.call_soon_threadsafe(self._want, listener)
-            except RuntimeError:
-                pass  # the thread has ended; nothing more will be heard
 
     def _want(self, listener: Listener) -> None:
         # Read here, on the loop: two updates then cannot overtake each other.

@@ -103,7 +103,7 @@ class ListenConnection:
 
     async def _each(self, statement: str, channels: Sequence[str], timeout: float) -> None:
         # One simple query is one transaction: all of them take effect with its commit, or none.
-        parts = [sql.SQL(statement).format(sql.Identifier(name)) for name in channels]  # type: ignore[arg-type]
+        parts = [sql.SQL(statement).format(sql.Identifier(name)) for name in channels]
         if parts:
             await self.execute(sql.SQL("; ").join(parts).as_bytes(self._raw), timeout=timeout)
 

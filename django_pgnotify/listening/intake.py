@@ -64,9 +64,7 @@ class Intake:
         stats: ``received``, ``foreign``, ``broken`` and ``gaps`` are counted here.
     """
 
-    def __init__(
-        self, topics: Sequence[str], using: str, consumer: Consumer, stats: Stats
-    ) -> None:
+    def __init__(self, topics: Sequence[str], using: str, consumer: Consumer, stats: Stats) -> None:
         self._topics = {wire_channel(topic, conf.CHANNEL_PREFIX): topic for topic in topics}
         self._using = using
         self._consumer = consumer

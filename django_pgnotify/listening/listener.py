@@ -9,7 +9,7 @@ import secrets
 import zlib
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import psycopg
 from django.db import connections
@@ -57,7 +57,7 @@ def connection_params(using: str) -> dict[str, Any]:
     params = connections[using].copy().get_connection_params()
     for name in ("cursor_factory", "context", "prepare_threshold"):
         params.pop(name, None)
-    return cast("dict[str, Any]", params)
+    return params
 
 
 class Listener:
@@ -171,7 +171,7 @@ class Listener:
         connection = self._connection
         if connection is None:
             return
-        heard = []
+        heard: list[Notification] = []
         for notification in connection.take():
             if notification.channel == self._echo_channel:
                 if heard:
@@ -243,13 +243,14 @@ class Listener:
                 times = (self._wall(since), self._wall(until))
                 self._sink.gap(*times, cause, for_leader=for_leader)
                 if not for_leader:
-                    signals.listener_gap.send_robust(
+                    # Waited for: what a handler does is done before later frames are delivered.
+                    await signals.listener_gap.asend_robust(
                         self, since=times[0], until=times[1], cause=cause
                     )
             case todo.Established(channels):
                 self.last_error = None
                 self._sink.established(channels)
-                signals.listener_established.send_robust(self, using=self.using)
+                await signals.listener_established.asend_robust(self, using=self.using)
             case todo.Lost(cause, retry_in):
                 logger.warning(
                     "Listener on database %r is not established: %s; next attempt in %.1f s",

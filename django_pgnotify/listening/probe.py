@@ -51,9 +51,7 @@ async def _prove(
     timeout = conf.HEARTBEAT_TIMEOUT
     channel = wire_channel(f"pgnotify.check.{secrets.token_hex(8)}", conf.CHANNEL_PREFIX)
     await listening.listen([channel], timeout=timeout)
-    await publishing.execute(
-        b"SELECT pg_notify($1, $2)", (channel, "check"), timeout=timeout
-    )
+    await publishing.execute(b"SELECT pg_notify($1, $2)", (channel, "check"), timeout=timeout)
     try:
         async with asyncio.timeout(timeout):
             while not any(heard.channel == channel for heard in listening.take()):
@@ -96,4 +94,3 @@ async def _open(using: str, on_input: Callable[[], None]) -> ListenConnection:
 def _cannot_reach(using: str, exc: ListenError) -> str:
     verb = "cannot connect to" if isinstance(exc, CannotConnect) else "cannot listen on"
     return f"{verb} database {using!r}: {exc}"
-

@@ -23,9 +23,7 @@ from typing import Any, Literal
 
 from ..backoff import Backoff
 
-State = Literal[
-    "idle", "connecting", "listening", "proving", "established", "waiting", "stopped"
-]
+State = Literal["idle", "connecting", "listening", "proving", "established", "waiting", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
+from typing import cast
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
@@ -28,6 +29,8 @@ from ..wire import Outgoing
 logger = logging.getLogger("django_pgnotify.publishing")
 
 Send = Callable[[Sequence[Outgoing], str], None]
+
+_Hook = tuple[set[str | None], Callable[[], None], bool]
 
 
 class CommitBuffer:
@@ -51,7 +54,7 @@ class CommitBuffer:
         self._released: list[tuple[str, Outgoing]] = []
 
     def add(self, event: Outgoing, using: str) -> None:
-        """Send ``event`` on alias ``using`` after the commit; at once if there is no transaction."""
+        """Send ``event`` on alias ``using`` after the commit; at once outside a transaction."""
         if not self.connection.in_atomic_block:
             # A commit hook that publishes must not overtake what the transaction published.
             self._released.append((using, event))
@@ -66,7 +69,7 @@ class CommitBuffer:
         if latest is not None:
             latest.is_last = False
         self.connection.on_commit(run.release, robust=True)
-        self.connection.run_on_commit.append((set(), run.flush, True))
+        _hooks(self.connection).append((set(), run.flush, True))
 
     def release(self, events: list[tuple[str, Outgoing]]) -> None:
         self._released += events
@@ -78,7 +81,7 @@ class CommitBuffer:
             events = [event for _, event in pairs]
             try:
                 self._send(events, using)
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - reported; the commit stands
                 self._failed(events, using, exc)
 
 
@@ -98,7 +101,7 @@ class _Run:
         return (
             savepoints == self.savepoints
             # Anything registered since must run after these events and before the next.
-            and connection.run_on_commit[-1][1] == self.flush
+            and _hooks(connection)[-1][1] == self.flush
             # captureOnCommitCallbacks() sees only hooks that were added inside it.
             and not _in_testcase(connection)
         )
@@ -113,20 +116,24 @@ class _Run:
 
 def _runs(connection: BaseDatabaseWrapper) -> Iterator[_Run]:
     """The runs pending on a connection, latest first, those of rolled-back savepoints included."""
-    for _, hook, _ in reversed(connection.run_on_commit):
+    for _, hook, _ in reversed(_hooks(connection)):
         if getattr(hook, "__func__", None) is _Run.flush:
-            yield hook.__self__
+            yield hook.__self__  # type: ignore[attr-defined]
 
 
 def pending(connection: BaseDatabaseWrapper) -> list[tuple[str, Outgoing]]:
     """Events that would leave if the open transaction committed now, as (alias, event)."""
     events: list[tuple[str, Outgoing]] = []
-    for _, hook, _ in connection.run_on_commit:
+    for _, hook, _ in _hooks(connection):
         if getattr(hook, "__func__", None) is _Run.release:
-            events += hook.__self__.events
+            events += hook.__self__.events  # type: ignore[attr-defined]
     return events
 
 
 def _in_testcase(connection: BaseDatabaseWrapper) -> bool:
-    blocks = getattr(connection, "atomic_blocks", None)
+    blocks: list[object] = getattr(connection, "atomic_blocks", [])
     return bool(blocks) and getattr(blocks[0], "_from_testcase", False)
+
+
+def _hooks(connection: BaseDatabaseWrapper) -> list[_Hook]:
+    return cast("list[_Hook]", connection.run_on_commit)

@@ -103,7 +103,7 @@ def _snapshot(field: Field[Any, Any], instance: Model) -> Any:
         return copy.deepcopy(value)
     try:
         return field.value_to_string(instance)
-    except Exception:  # a field of somebody else's: what it holds is then simply not known
+    except Exception:  # noqa: BLE001 - a field of somebody else's: what it holds is then simply not known
         return _UNKNOWN
 
 

@@ -288,7 +288,7 @@ def _emit(
     try:
         pk = changes.plain_pk(publication.model, instance)
         data = changes.plain_values(publication.model, instance, publication.fields)
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001 - reported; a save must not fail for its event
         _report(publication, exc)
         return
     _publish(publication, action, pk, data, changed, using)
@@ -320,7 +320,7 @@ def _publish(
             _unsupported.add(using)
             _report(publication, exc)
         return
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001 - reported; a save must not fail for its event
         _report(publication, exc)
         return
     deliver(event, tier, connections[using], target)

@@ -113,7 +113,7 @@ def to_plain(value: Any) -> Any:
 
 
 def deliver(event: Outgoing, tier: Delivery, connection: BaseDatabaseWrapper, using: str) -> None:
-    """Send ``event`` on alias ``using`` as ``tier`` asks, with the transaction of ``connection``."""
+    """Send ``event`` on alias ``using`` as ``tier`` asks; ``connection`` has the transaction."""
     if tier == "atomic" and connection.alias == using:
         send([event], using)
     elif not connection.in_atomic_block and not _autocommit(connection):

@@ -19,7 +19,10 @@ FRAMES_PER_STATEMENT = 500
 """At most 4 MB of payload in one statement."""
 
 _NOTIFY_ONE = "SELECT pg_notify(%s, %s)"
-_NOTIFY_MANY = "SELECT pg_notify(channel, payload) FROM unnest(%s::text[], %s::text[]) AS frame(channel, payload)"
+_NOTIFY_MANY = (
+    "SELECT pg_notify(channel, payload) "
+    "FROM unnest(%s::text[], %s::text[]) AS frame(channel, payload)"
+)
 
 
 class Transport(Protocol):
@@ -107,7 +110,8 @@ def check_alias(using: object) -> str:
         connection = None
     if connection is None or not isinstance(using, str):
         raise UnsupportedDatabase(
-            f"There is no database alias {using!r}; DATABASES has {', '.join(map(repr, connections))}."
+            f"There is no database alias {using!r}; "
+            f"DATABASES has {', '.join(map(repr, connections))}."
         )
     if connection.vendor != "postgresql":
         raise UnsupportedDatabase(

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from asgiref.sync import async_to_sync
 from django.db import connections
@@ -50,7 +50,7 @@ class InMemoryBus:
         self._delivered: set[str] = set()
         self._stack = ExitStack()
 
-    def __enter__(self) -> InMemoryBus:
+    def __enter__(self) -> Self:
         self._stack.enter_context(transport_in_use(self))
         return self
 

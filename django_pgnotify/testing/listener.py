@@ -87,7 +87,7 @@ class RunningListener:
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 - handed to the thread that waits
             with self._changed:
                 self._failure = exc
                 self._changed.notify_all()

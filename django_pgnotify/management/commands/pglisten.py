@@ -14,10 +14,10 @@ from django.core.management.base import BaseCommand, CommandError
 from django.utils import autoreload
 
 from django_pgnotify.conf import conf
-from django_pgnotify.listening.probe import probe
 from django_pgnotify.dispatching.service import Service
 from django_pgnotify.events import Event, check_topic
 from django_pgnotify.exceptions import InvalidTopic, UnsupportedDatabase
+from django_pgnotify.listening.probe import probe
 from django_pgnotify.publishing.sender import check_alias
 
 
