@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
 from .events import ACTIONS, Action, Event, new_event_id
-from .exceptions import EventDataError, FrameError
+from .exceptions import FrameError
+from .strict_json import NestedTooDeeply, ToPlain, dumps, loads
 
 PAYLOAD_LIMIT = 7999
 """Bytes in a NOTIFY payload: PostgreSQL refuses 8000 (NOTIFY_PAYLOAD_MAX_LENGTH, async.c)."""
@@ -29,16 +29,12 @@ CHANNEL_LIMIT = 63
 
 VERSION = 1
 
-MAX_DEPTH = 200
-"""Levels of nesting in the data of an event; Python's JSON decoder gives up not far above."""
-
 _FRAME_START = re.compile(r'\s*\{\s*"pgnotify"\s*:')
 _SIGNED_START = re.compile(r'\{"pgnotify":1,"sig":"([^"\\]*)",')
 _DIGEST_SIZE = 16
 
 Sign = Callable[[str], str]
 Verify = Callable[[str, str], bool]
-ToPlain = Callable[[Any], Any]
 
 
 def wire_channel(topic: str, prefix: str = "") -> str:
@@ -100,13 +96,13 @@ def encode_event(
         fields["changed"] = list(changed)
     if data is not None:
         fields["data"] = data
-    body = _dumps(fields, to_plain)
+    body = dumps(fields, to_plain)
     return event_id, Outgoing(topic, key, body, byte_length(body))
 
 
 def reference_to(event: Outgoing, row: int) -> Outgoing:
     """The event that stands for ``event``, which is stored in ``row`` because it is too big."""
-    body = _dumps({"ref": row, "digest": digest_of(event.body)}, _nothing_else)
+    body = dumps({"ref": row, "digest": digest_of(event.body)}, _nothing_else)
     return Outgoing(event.topic, event.key, body, len(body))
 
 
@@ -114,70 +110,8 @@ def byte_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _dumps(value: dict[str, Any], to_plain: ToPlain) -> str:
-    try:
-        text = json.dumps(
-            value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=to_plain
-        )
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise EventDataError(_why_not_json(value, to_plain) or str(exc)) from exc
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
-            text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=to_plain)
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        problem = _why_not_json(value, to_plain)
-        if problem:
-            raise EventDataError(problem)
-    return text
-
-
 def _nothing_else(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def _why_not_json(fields: Mapping[str, Any], to_plain: ToPlain) -> str | None:
-    """The first thing in ``fields`` that JSON cannot carry, with its path; None if all is well.
-
-    Iterative, because the very thing it looks for may be nested too deeply to recurse into.
-    """
-    stack: list[tuple[str, Any, tuple[int, ...]]] = [
-        (name, value, ()) for name, value in reversed(list(fields.items()))
-    ]
-    while stack:
-        path, value, above = stack.pop()
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{path} is {value!r}, which JSON has no word for. Send None or a string."
-        if isinstance(value, (str, int, float)) or value is None:
-            continue
-        if isinstance(value, (dict, list, tuple)):
-            if id(value) in above:
-                return f"{path} contains itself, so JSON cannot carry it."
-            if len(above) >= MAX_DEPTH:
-                return f"{_shorten(path)} is nested deeper than {MAX_DEPTH} levels."
-            inside = (*above, id(value))
-            if isinstance(value, dict):
-                for name in value:
-                    if not isinstance(name, (str, int, float)) and name is not None:
-                        return f"{path} has the key {name!r}; the keys of a JSON object are text."
-                members = [(f"{path}[{name!r}]", member) for name, member in value.items()]
-            else:
-                members = [(f"{path}[{index}]", member) for index, member in enumerate(value)]
-            stack.extend((where, member, inside) for where, member in reversed(members))
-            continue
-        try:
-            stack.append((path, to_plain(value), above))
-        except TypeError:
-            return (
-                f"{path} is {_shorten(repr(value))} ({type(value).__name__}), "
-                f"which JSON cannot carry. Send plain values: text, numbers, lists, dicts."
-            )
-    return None
-
-
-def _shorten(text: str, limit: int = 120) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 # -- frames out -----------------------------------------------------------------------------
@@ -275,12 +209,9 @@ def decode_frame(payload: str, channel: str = "", verify: Verify | None = None) 
         if not verify(f"{channel}:{payload[signed.end() :]}", signed.group(1)):
             raise FrameError("the signature does not belong to this frame")
     try:
-        frame = json.loads(payload, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise FrameError("nested too deeply") from None
+        frame = loads(payload)
     except ValueError as exc:
-        # JSONDecodeError keeps the whole payload in .doc, hence "from None" and no message.
-        raise FrameError(f"not JSON ({type(exc).__name__})") from None
+        raise FrameError(str(exc)) from None
     if frame["pgnotify"] != VERSION or isinstance(frame["pgnotify"], bool):
         raise FrameError(f"its version is not {VERSION}")
     events, source = frame.get("events"), frame.get("source")
@@ -293,15 +224,11 @@ def decode_frame(payload: str, channel: str = "", verify: Verify | None = None) 
 
 def _foreign_value(payload: str) -> Any:
     try:
-        return json.loads(payload, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise FrameError("nested too deeply") from None
+        return loads(payload)
+    except NestedTooDeeply as exc:
+        raise FrameError(str(exc)) from None
     except ValueError:
         return payload
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 class Reference(NamedTuple):
@@ -330,9 +257,9 @@ def stored_body(body: str, digest: str | None) -> Any:
     if digest is not None and digest_of(body) != digest:
         raise FrameError("a stored event is not the one that was referred to")
     try:
-        return json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise FrameError("a stored event is not JSON") from None
+        return loads(body)
+    except ValueError as exc:
+        raise FrameError(f"a stored event is {exc}") from None
 
 
 def event_from(

@@ -1,0 +1,106 @@
+"""Strict JSON text: what cannot be carried is refused by name, what is read never surprises."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .exceptions import EventDataError
+
+MAX_DEPTH = 200
+"""Levels of nesting that are accepted; Python's own decoder gives up not far above."""
+
+ToPlain = Callable[[Any], Any]
+
+
+def dumps(value: dict[str, Any], to_plain: ToPlain) -> str:
+    """Encode ``value`` as compact JSON text.
+
+    Args:
+        to_plain: turns a value that JSON does not know into one that it does, or raises TypeError.
+
+    Raises:
+        EventDataError: something in it cannot be carried; the message names its path.
+    """
+    try:
+        text = json.dumps(
+            value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=to_plain
+        )
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise EventDataError(_why_not_json(value, to_plain) or str(exc)) from exc
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
+            text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=to_plain)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        problem = _why_not_json(value, to_plain)
+        if problem:
+            raise EventDataError(problem)
+    return text
+
+
+def loads(text: str) -> Any:
+    """Decode JSON text; raises ValueError for anything else, NaN and bottomless nesting included.
+
+    The error never holds the text: JSONDecodeError would, in its ``doc``.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise NestedTooDeeply("nested too deeply") from None
+    except ValueError as exc:
+        raise ValueError(f"not JSON ({type(exc).__name__})") from None
+
+
+class NestedTooDeeply(ValueError):
+    """JSON, but no decoder here can hold it."""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _why_not_json(fields: Mapping[str, Any], to_plain: ToPlain) -> str | None:
+    """The first thing in ``fields`` that JSON cannot carry, with its path; None if all is well.
+
+    Iterative, because the very thing it looks for may be nested too deeply to recurse into.
+    """
+    stack: list[tuple[str, Any, tuple[int, ...]]] = [
+        (name, value, ()) for name, value in reversed(list(fields.items()))
+    ]
+    while stack:
+        path, value, above = stack.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{path} is {value!r}, which JSON has no word for. Send None or a string."
+        if isinstance(value, (str, int, float)) or value is None:
+            continue
+        if isinstance(value, (dict, list, tuple)):
+            if id(value) in above:
+                return f"{path} contains itself, so JSON cannot carry it."
+            if len(above) >= MAX_DEPTH:
+                return f"{_shorten(path)} is nested deeper than {MAX_DEPTH} levels."
+            inside = (*above, id(value))
+            if isinstance(value, dict):
+                for name in value:
+                    if not isinstance(name, (str, int, float)) and name is not None:
+                        return f"{path} has the key {name!r}; the keys of a JSON object are text."
+                members = [(f"{path}[{name!r}]", member) for name, member in value.items()]
+            else:
+                members = [(f"{path}[{index}]", member) for index, member in enumerate(value)]
+            stack.extend((where, member, inside) for where, member in reversed(members))
+            continue
+        try:
+            stack.append((path, to_plain(value), above))
+        except TypeError:
+            return (
+                f"{path} is {_shorten(repr(value))} ({type(value).__name__}), "
+                f"which JSON cannot carry. Send plain values: text, numbers, lists, dicts."
+            )
+    return None
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}…"
