@@ -143,6 +143,8 @@ class Conf:
     """Seconds that running receivers get to finish after the first signal."""
     QUEUE_MAX_EVENTS = Setting(100_000, _count)
     """Events that may wait for one receiver; beyond it they are dropped into one gap."""
+    QUEUE_MAX_BYTES = Setting(64 * 1024 * 1024, _count)
+    """Bytes of payload that may wait for one receiver; beyond it events are dropped likewise."""
     STORED_RETENTION = Setting(3600.0, _seconds)
     """Seconds for which an event too big for NOTIFY is kept in its table."""
 

@@ -33,6 +33,7 @@ class Dispatcher:
         routes: the receivers and their streams.
         concurrency: receivers that may run at once, of all together.
         max_waiting: events that may wait for one receiver.
+        max_bytes: bytes of payload that may wait for one receiver.
         stats: ``handled``, ``failed``, ``retried``, ``dropped`` are counted here.
         using: alias that gap events say they came from.
     """
@@ -43,6 +44,7 @@ class Dispatcher:
         *,
         concurrency: int,
         max_waiting: int,
+        max_bytes: int,
         stats: Stats,
         using: str | None = None,
     ) -> None:
@@ -53,7 +55,7 @@ class Dispatcher:
         self._stopping = False
         self._idle: asyncio.Event = asyncio.Event()
         self._runner = Runner(concurrency, stats, self._worker_ended)
-        self._routes = [(route, Lane(route.receiver, max_waiting)) for route in routes]
+        self._routes = [(route, Lane(route.receiver, max_waiting, max_bytes)) for route in routes]
         self._by_topic: dict[str, list[tuple[Lane, str | None]]] = {}
         for route, lane in self._routes:
             for topic, model in {(s.topic, s.model): None for s in route.subscriptions}:
@@ -72,8 +74,12 @@ class Dispatcher:
 
     # -- from the intake, on the loop ---------------------------------------------------------
 
-    def dispatch(self, events: Sequence[Event]) -> None:
-        """Hand each event to the lanes of its topic; a batch goes to a lane together."""
+    def dispatch(self, events: Sequence[Event], size: int = 0) -> None:
+        """Hand each event to the lanes of its topic; a batch goes to a lane together.
+
+        Args:
+            size: bytes of payload the events came in.
+        """
         if self._stopping:
             return
         batches: dict[Lane, list[Event]] = {}
@@ -91,7 +97,7 @@ class Dispatcher:
                     batches.setdefault(lane, []).append(event)
                     chosen = lane  # a topic named twice by one receiver is heard once
         for lane, batch in batches.items():
-            self._put(lane, batch)
+            self._put(lane, batch, size * len(batch) // len(events))
 
     def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
         for route, lane in self._routes:
@@ -111,9 +117,9 @@ class Dispatcher:
 
     # -- lanes and workers --------------------------------------------------------------------
 
-    def _put(self, lane: Lane, batch: list[Event]) -> None:
+    def _put(self, lane: Lane, batch: list[Event], size: int) -> None:
         # Once one event is dropped, so is all that follows, until the gap that tells of it is in.
-        refused = len(batch) if lane in self._overflowing else lane.put(batch)
+        refused = len(batch) if lane in self._overflowing else lane.put(batch, size)
         if refused:
             self._stats.add("dropped", refused)
             if lane not in self._overflowing:
@@ -153,7 +159,7 @@ class Dispatcher:
     def _end_overflows(self) -> None:
         """A lane with room again hears of what it missed, before anything newer."""
         for lane, since in list(self._overflowing.items()):
-            if lane.waiting <= lane.max_waiting // 2:
+            if lane.has_room:
                 del self._overflowing[lane]
                 if lane.receiver.on_gap:
                     route = next(route for route, other in self._routes if other is lane)

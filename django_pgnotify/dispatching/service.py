@@ -51,9 +51,9 @@ class _Observed:
         self.gap = dispatcher.gap
         self.led = dispatcher.led
 
-    def dispatch(self, events: Sequence[Event]) -> None:
+    def dispatch(self, events: Sequence[Event], size: int) -> None:
         self._observe(events)
-        self._dispatcher.dispatch(events)
+        self._dispatcher.dispatch(events, size)
 
 
 class Service:
@@ -89,6 +89,7 @@ class Service:
             self.routes,
             concurrency=concurrency or conf.CONCURRENCY,
             max_waiting=conf.QUEUE_MAX_EVENTS,
+            max_bytes=conf.QUEUE_MAX_BYTES,
             stats=self.stats,
             using=self._rows_alias(),
         )

@@ -39,7 +39,7 @@ _FETCH_ATTEMPTS = 3
 class Consumer(Protocol):
     """What events go to. Called on the loop; must return at once."""
 
-    def dispatch(self, events: Sequence[Event]) -> None: ...
+    def dispatch(self, events: Sequence[Event], size: int) -> None: ...
 
     def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None: ...
 
@@ -116,11 +116,13 @@ class Intake:
         if any(isinstance(entry, _Pending) for entry in entries):
             self._fetching = asyncio.create_task(self._fetch(entries), name="pgnotify-fetch")
         elif entries:
-            self._hand_on(entries)  # type: ignore[arg-type]
+            size = sum(len(notification.payload) for notification in notifications)
+            self._hand_on(entries, size)  # type: ignore[arg-type]
 
-    def _hand_on(self, events: list[Event]) -> None:
-        self._stats.add("received", len(events))
-        self._consumer.dispatch(events)
+    def _hand_on(self, events: list[Event], size: int) -> None:
+        if events:
+            self._stats.add("received", len(events))
+            self._consumer.dispatch(events, size)
 
     def _decode(self, notifications: Sequence[Notification]) -> list[Event | _Pending]:
         now, using = datetime.now(UTC), self._using
@@ -166,13 +168,14 @@ class Intake:
 
     async def _fetch(self, entries: list[Event | _Pending]) -> None:
         try:
-            self._hand_on(await self._resolved(entries))
+            self._hand_on(*await self._resolved(entries))
         finally:
             self._fetching = None
             while self._waiting and self._fetching is None:
                 self._waiting.popleft()()
 
-    async def _resolved(self, entries: list[Event | _Pending]) -> list[Event]:
+    async def _resolved(self, entries: list[Event | _Pending]) -> tuple[list[Event], int]:
+        """The entries as events, and the bytes of those that were fetched."""
         wanted = [entry.reference.row for entry in entries if isinstance(entry, _Pending)]
         bodies = await self._fetch_rows(wanted)
         now, events = datetime.now(UTC), []
@@ -196,7 +199,7 @@ class Intake:
                 )
             except FrameError as exc:
                 self._report(entry.topic, 0, 0, exc)
-        return events
+        return events, sum(map(len, bodies.values()))
 
     async def _fetch_rows(self, ids: list[int]) -> dict[int, str]:
         from ..publishing.store import fetch
