@@ -29,9 +29,11 @@ def check_template(template: object, what: str) -> str:
         parts = list(_formatter.parse(template))
     except ValueError as exc:
         raise InvalidTemplate(f"{what} {template!r} is malformed: {exc}.") from None
-    for _, name, spec, _ in parts:
+    for _, name, spec, conversion in parts:
         if name is None:
             continue
+        if conversion not in (None, "r", "s", "a"):
+            raise InvalidTemplate(f"{what} {template!r} is malformed: !{conversion} is unknown.")
         root = name.split("[", 1)[0]
         if root not in EVENT_FIELDS or "." in name or "{" in (spec or ""):
             raise InvalidTemplate(
@@ -48,8 +50,12 @@ def literal_parts(template: str) -> list[str]:
 
 def literal_head(template: str) -> str:
     """What a template begins with, up to its first field."""
-    literal, name, _, _ = next(iter(_formatter.parse(template)))
-    return literal if name is not None else template
+    head = []
+    for literal, name, _, _ in _formatter.parse(template):
+        head.append(literal)
+        if name is not None:
+            break
+    return "".join(head)
 
 
 def fields_of(event: Event) -> dict[str, Any]:
@@ -70,6 +76,14 @@ def fill(
             value, _ = _formatter.get_field(name, (), fields)
             value = _formatter.convert_field(value, conversion)
             if isinstance(value, tuple):
-                value = ".".join(map(str, value))  # a composite key
-            out.append(escape(format(value, spec or "")))
+                out.append(_join_composite([str(part) for part in value], escape))
+            else:
+                out.append(escape(format(value, spec or "")))
     return "".join(out)
+
+
+def _join_composite(parts: list[str], escape: Callable[[str], str]) -> str:
+    """The parts of a composite key with full stops between them, in a way that only it has."""
+    if any("." in part for part in parts):
+        return escape(repr(tuple(parts)))
+    return ".".join(map(escape, parts))

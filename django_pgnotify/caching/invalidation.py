@@ -2,13 +2,14 @@
 
 What a gap means here: frames may have been missed, and nobody can say for which rows. Where the
 cache backend offers ``delete_pattern`` (django-redis and django-valkey do) and every key template
-begins with literal text, the keys with those beginnings are deleted. Everywhere else
+begins with literal text (without pattern characters), the keys with those beginnings are deleted. Everywhere else
 **the whole cache alias is cleared**. Give what must survive that an alias of its own.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,6 +30,8 @@ from ..registry import (
 from ..templates import check_template, fields_of, fill, literal_head
 
 logger = logging.getLogger("django_pgnotify.caching")
+
+_PLAIN_HEAD = re.compile(r"[^\\*?\[\]^]+")
 
 Keys = Iterable[str] | Callable[[Event], Iterable[str] | str | None]
 
@@ -119,7 +122,8 @@ def _keys_of(keys: Keys, templates: list[str], event: Event) -> list[str]:
 
 
 def _clear(cache: Any, alias: str, heads: list[str], version: int | None) -> None:
-    if heads and all(heads) and hasattr(cache, "delete_pattern"):
+    # A head with a character that means something in a pattern would match other keys.
+    if heads and all(map(_PLAIN_HEAD.fullmatch, heads)) and hasattr(cache, "delete_pattern"):
         for head in heads:
             cache.delete_pattern(f"{head}*", version=version)
         logger.warning("Cache %r: keys that begin with %s deleted after a gap", alias, heads)

@@ -24,6 +24,8 @@ from django_pgnotify.publishing.sender import check_alias
 class Command(BaseCommand):
     help = "Listen for PostgreSQL notifications and run the registered receivers."
 
+    _waiting = False
+
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--database",
@@ -94,7 +96,7 @@ class Command(BaseCommand):
             concurrency=options["concurrency"],
             observe=(lambda events: _note(events, first)) if options["once"] else None,
             on_ready=lambda: self._ready(service),
-            on_lost=lambda cause, retry_in: self._lost(using, cause, retry_in),
+            on_lost=lambda cause, _: self._lost(using, cause),
             health_file=options["health_file"],
         )
         if not service.topics:
@@ -131,13 +133,16 @@ class Command(BaseCommand):
             loop.add_signal_handler(number, on_signal, number)
 
     def _ready(self, service: Service) -> None:
+        self._waiting = False
         self._say(
             f"pglisten: ready (database {service.using!r}, {len(service.topics)} topic(s), "
             f"{len(service.routes)} receiver(s), {service.role})"
         )
 
-    def _lost(self, using: str, cause: str, retry_in: float) -> None:
-        self._warn(f"waiting for database {using!r}: {cause}; next attempt in {retry_in:.1f} s")
+    def _lost(self, using: str, cause: str) -> None:
+        if not self._waiting:  # once for each outage; the log has every attempt
+            self._waiting = True
+            self._warn(f"waiting for database {using!r}: {cause}")
 
     def _say(self, line: str) -> None:
         self.stdout.write(line)

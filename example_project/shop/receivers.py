@@ -1,0 +1,95 @@
+"""What happens when an order changes. pglisten imports this module and calls what is in it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from asgiref.sync import sync_to_async
+
+from django_pgnotify import Event, forward, invalidates, publish, receiver
+from django_pgnotify.signals import cache_invalidated
+
+from . import orders
+from .models import HEADLINES, Activity, Order, PackingSlip, Status
+from .summary import KEYS
+
+logger = logging.getLogger(__name__)
+
+BOARD_GROUP = "orders"
+
+# To the browsers: every board, in whatever web process, is a member of this one group.
+forward(Order, group=BOARD_GROUP, type="order.changed")
+forward(PackingSlip, group=BOARD_GROUP, type="slip.printed", actions=["created"])
+forward(Activity, group=BOARD_GROUP, type="activity.added", actions=["created"])
+forward("shop.summary", group=BOARD_GROUP, type="summary.changed")
+
+# To the cache that the web processes of this machine share.
+invalidates(Order, keys=KEYS)
+
+
+def announce_summary(sender: object, event: Event, **kwargs: Any) -> None:
+    """Tell the boards once the cached summary is gone: earlier, they would read the old one.
+
+    After a gap nobody knows which orders changed, so the boards are told to load it all.
+    """
+    publish("shop.summary", {"whole_board": event.action == "gap"})
+
+
+cache_invalidated.connect(announce_summary, sender=Order, dispatch_uid="shop.announce_summary")
+
+
+@receiver(Order, actions=["created", "updated"], retries=3, on_gap=True)
+def write_packing_slip(event: Event) -> None:
+    """A paid order has its goods reserved and a slip written for the packing bench."""
+    if event.action == "gap":
+        # Nobody listened for a while; the rows know what was missed.
+        wanted = orders.waiting_for_slip()
+    elif event.data.get("status") == Status.PAID:
+        wanted = [event.pk]
+    else:
+        return
+    for order_pk in wanted:
+        slip = orders.prepare_packing(order_pk)
+        if slip is not None:
+            logger.info("packing slip %s: %s pieces reserved", slip.order.number, slip.pieces)
+            Activity.objects.get_or_create(
+                event_id=f"slip:{slip.pk}",
+                defaults={
+                    "kind": Activity.Kind.SLIP,
+                    "text": f"Slip printed, {slip.pieces} pcs reserved",
+                    "order": slip.order,
+                },
+            )
+
+
+@receiver(Order, retries=3)
+def keep_log(event: Event) -> None:
+    """One line of the activity log for each change of an order."""
+    order, status = event.instance(), event.data.get("status", "")
+    if event.action == "deleted":
+        text, status = f"{Order(pk=event.pk)} deleted", Status.CANCELLED
+    elif event.action == "updated" and event.changed and "status" not in event.changed:
+        text = "Details edited"
+    else:
+        text = HEADLINES[status]
+    Activity.objects.get_or_create(
+        event_id=event.id,
+        defaults={
+            "kind": Activity.Kind.ORDER,
+            "text": text,
+            "status": status,
+            "order": order,
+            "at": event.published_at,
+        },
+    )
+
+
+@receiver("jobs", concurrency=4)
+async def run_job(event: Event) -> None:
+    """A free topic. Try it from psql:  NOTIFY jobs, 'roast 20 kg of Yirgacheffe'"""
+    text = event.data if isinstance(event.data, str) else str(event.data.get("text", event.data))
+    await sync_to_async(Activity.objects.get_or_create)(
+        event_id=event.id,
+        defaults={"kind": Activity.Kind.JOB, "text": text[:200], "at": event.published_at},
+    )
