@@ -171,8 +171,9 @@ def problems() -> list[str]:
     found = []
     for name in dir(settings):
         if name.startswith(PREFIX) and name not in SETTINGS:
-            near = difflib.get_close_matches(name, SETTINGS, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            known = [setting.removeprefix(PREFIX) for setting in SETTINGS]
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1)
+            hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
             found.append(f"Unknown setting {name}.{hint}")
     for setting in SETTINGS.values():
         try:

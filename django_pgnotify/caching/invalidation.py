@@ -2,8 +2,9 @@
 
 What a gap means here: frames may have been missed, and nobody can say for which rows. Where the
 cache backend offers ``delete_pattern`` (django-redis and django-valkey do) and every key template
-begins with literal text (without pattern characters), the keys with those beginnings are deleted. Everywhere else
-**the whole cache alias is cleared**. Give what must survive that an alias of its own.
+begins with literal text (without pattern characters), the keys with those beginnings are deleted.
+Everywhere else **the whole cache alias is cleared**. Give what must survive that an alias of its
+own.
 """
 
 from __future__ import annotations

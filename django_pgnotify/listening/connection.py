@@ -19,6 +19,12 @@ from psycopg import errors, pq, sql
 from ..exceptions import CannotConnect, ConnectionLost, StandbyServer
 
 _KEEPALIVE_SECONDS = 10
+_SERVER_KEEPALIVES = b"""
+SELECT set_config('tcp_keepalives_idle', '10', false),
+       set_config('tcp_keepalives_interval', '10', false),
+       set_config('tcp_keepalives_count', '3', false),
+       set_config('tcp_user_timeout', '30000', false)
+"""
 
 
 class Notification(NamedTuple):
@@ -94,6 +100,10 @@ class ListenConnection:
         self.backend_pid = int(pid or 0)
         # A pooler answers with a key of its own, not with that of the backend it lends us.
         self.pooled = self._pgconn.backend_pid != self.backend_pid
+        if not self.pooled:
+            # The server's side of the keepalives: a backend that writes to nobody would hold up
+            # the notification queue of the whole cluster.
+            await self.execute(_SERVER_KEEPALIVES, timeout=timeout)
 
     async def listen(self, channels: Sequence[str], *, timeout: float) -> None:
         await self._each("LISTEN {}", channels, timeout)

@@ -33,6 +33,17 @@ _ECHO = (
     b"SELECT pg_notify($1, $2), (SELECT json_agg(channel) FROM pg_listening_channels() AS channel)"
 )
 _TRY_LOCK = b"SELECT pg_try_advisory_lock($1::int4, $2::int4)"
+_END_SILENT_HOLDER = b"""
+SELECT pid, silence, silence > $3::float8 AND pg_terminate_backend(pid)
+FROM (
+    SELECT a.pid, extract(epoch FROM clock_timestamp() - a.state_change) AS silence
+    FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
+    WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
+      AND l.classid::bigint = $1::bigint
+      AND l.objid::bigint = ($2::bigint + 4294967296) % 4294967296
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+) AS holder
+"""
 _UNLOCK = b"SELECT pg_advisory_unlock($1::int4, $2::int4), pg_notify($3, '')"
 
 
@@ -231,10 +242,7 @@ class Listener:
             case todo.Echo(nonce):
                 await self._echo(nonce)
             case todo.TryLead():
-                [(acquired,)] = await self._open().execute(
-                    _TRY_LOCK, self._lock_key, timeout=self._timeout
-                )
-                await self._do_all(self.session.led(self._now(), acquired == b"t"))
+                await self._try_lead()
             case todo.Lead():
                 self._sink.led(True)
             case todo.Follow():
@@ -269,6 +277,27 @@ class Listener:
         if self._connection is None:
             raise ConnectionLost("the connection is closed")
         return self._connection
+
+    async def _try_lead(self) -> None:
+        connection = self._open()
+        [(acquired,)] = await connection.execute(_TRY_LOCK, self._lock_key, timeout=self._timeout)
+        silent_for = 0.0
+        if acquired != b"t":
+            # A leader whose network is cut cannot let go, and its backend may not notice for
+            # hours. By this time it has given itself up: it had no echo within its deadline.
+            limit = conf.HEARTBEAT_INTERVAL + 2 * self._timeout
+            holders = await connection.execute(
+                _END_SILENT_HOLDER, (*self._lock_key, str(limit)), timeout=self._timeout
+            )
+            for pid, silence, ended in holders:
+                silent_for = float(silence or 0)
+                if ended == b"t":
+                    logger.warning(
+                        "Ended the session of a leader that was silent for %.1f s (backend %s)",
+                        silent_for,
+                        (pid or b"?").decode(),
+                    )
+        await self._do_all(self.session.led(self._now(), acquired == b"t", silent_for=silent_for))
 
     async def _echo(self, nonce: str) -> None:
         connection = self._open()

@@ -253,13 +253,17 @@ class Session:
             self._held += notifications
         return []
 
-    def led(self, now: float, acquired: bool) -> list[Command]:
-        """The outcome of :class:`TryLead`."""
+    def led(self, now: float, acquired: bool, *, silent_for: float = 0.0) -> list[Command]:
+        """The outcome of :class:`TryLead`.
+
+        Args:
+            silent_for: seconds since the present leader last gave a sign of life.
+        """
         if self.state != "established" or self.leader:
             return []
         if not acquired:
-            # Up to now somebody else was there to receive.
-            self._leaderless = (now, "the leader was gone")
+            # Up to its last sign of life somebody else was there to receive.
+            self._leaderless = (now - silent_for, "the leader was gone")
             return []
         self.leader = True
         self._set_alarm()
