@@ -50,6 +50,7 @@ class Receiver:
     every_node: bool = False
     concurrency: int = 1
     retries: int = 0
+    timeout: float | None = None
     on_gap: bool = False
     purpose: dict[str, Any] = field(default_factory=dict)
     """What ``forward`` and ``invalidates`` leave here for the system checks."""
@@ -134,6 +135,7 @@ def receiver(
     every_node: bool = False,
     concurrency: int = 1,
     retries: int = 0,
+    timeout: float | None = None,
     dispatch_uid: str | None = None,
     on_gap: bool = False,
 ) -> Callable[[F], F]:
@@ -145,6 +147,8 @@ def receiver(
         every_node: True runs it in every listener; False in one of the deployment, the leader.
         concurrency: events handled at once (≥ 1). Events with the same key stay in order.
         retries: further attempts after a failure, with growing pauses (≥ 0).
+        timeout: seconds after which one attempt of an async receiver is cancelled, and failed. A
+            thread cannot be interrupted, so a sync receiver takes none.
         dispatch_uid: a name of its own; default: module, qualified name and source.
         on_gap: also call it with ``action="gap"`` when events may have been missed.
 
@@ -157,11 +161,20 @@ def receiver(
     chosen = check_actions(actions)
     _check_count("concurrency", concurrency, 1)
     _check_count("retries", retries, 0)
+    if timeout is not None and (
+        isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0
+    ):
+        raise InvalidReceiver(f"timeout= takes a number of seconds above 0; got {timeout!r}.")
     if dispatch_uid is not None and (not isinstance(dispatch_uid, str) or not dispatch_uid):
         raise InvalidReceiver(f"dispatch_uid= takes a non-empty string; got {dispatch_uid!r}.")
 
     def register(func: F) -> F:
         check_signature(func)
+        if timeout is not None and not is_coroutine_callable(func):
+            raise InvalidReceiver(
+                f"{describe(func)} is sync, and a thread cannot be interrupted; make it async def "
+                f"or leave out timeout=."
+            )
         names = ",".join(source_name(one) for one in sources)
         registry.add(
             Receiver(
@@ -172,6 +185,7 @@ def receiver(
                 every_node=bool(every_node),
                 concurrency=concurrency,
                 retries=retries,
+                timeout=timeout,
                 on_gap=bool(on_gap) or (chosen is not None and "gap" in chosen),
             ),
             explicit_uid=dispatch_uid is not None,

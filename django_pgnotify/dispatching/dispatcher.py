@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -36,6 +36,7 @@ class Dispatcher:
         max_bytes: bytes of payload that may wait for one receiver.
         stats: ``handled``, ``failed``, ``retried``, ``dropped`` are counted here.
         using: alias that gap events say they came from.
+        overflowed: told of the gap (since, until, cause) of a receiver that did not keep up.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Dispatcher:
         max_bytes: int,
         stats: Stats,
         using: str | None = None,
+        overflowed: Callable[[datetime, datetime, str], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._stats = stats
         self._using = using
+        self._overflowed = overflowed
         self._leader = False
         self._stopping = False
         self._idle: asyncio.Event = asyncio.Event()
@@ -161,11 +164,13 @@ class Dispatcher:
         for lane, since in list(self._overflowing.items()):
             if lane.has_room:
                 del self._overflowing[lane]
+                now = datetime.now(UTC)
+                cause = f"receiver {lane.receiver.uid} did not keep up"
+                if self._overflowed is not None:
+                    self._overflowed(since, now, cause)
                 if lane.receiver.on_gap:
                     route = next(route for route, other in self._routes if other is lane)
-                    now = datetime.now(UTC)
                     for topic in dict.fromkeys(s.topic for s in route.subscriptions):
-                        cause = "the receiver did not keep up"
                         self._put_gap(lane, topic, since, now, cause)
 
     # -- the end ------------------------------------------------------------------------------

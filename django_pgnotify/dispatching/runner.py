@@ -150,7 +150,8 @@ class Runner:
         pauses = Backoff(RETRY_BASE, RETRY_CAP)
         while True:
             try:
-                await func(event)
+                async with asyncio.timeout(lane.receiver.timeout):
+                    await func(event)
             except Exception as exc:  # noqa: BLE001 - a receiver may raise anything
                 retry = self._may_retry(lane, pauses)
                 self._report(lane, event, exc, pauses.attempts + 1, retry)

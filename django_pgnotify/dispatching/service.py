@@ -15,6 +15,7 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.db import DatabaseError, close_old_connections
 
+from .. import signals
 from ..conf import conf
 from ..events import Event
 from ..listening.connection import Notification
@@ -92,7 +93,10 @@ class Service:
             max_bytes=conf.QUEUE_MAX_BYTES,
             stats=self.stats,
             using=self._rows_alias(),
+            overflowed=self._overflowed,
         )
+        self._last_gap: dict[str, str] | None = None
+        self._telling: set[asyncio.Future[Any]] = set()
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._health_file = None if health_file is None else Path(health_file)
@@ -166,7 +170,23 @@ class Service:
         self._intake.notified(notifications)
 
     def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
+        self._note_gap(since, until, cause)
         self._intake.gap(since, until, cause, for_leader=for_leader)
+
+    def _note_gap(self, since: datetime, until: datetime, cause: str) -> None:
+        self._last_gap = {
+            "since": since.isoformat(),
+            "until": until.isoformat(),
+            "cause": cause,
+        }
+
+    def _overflowed(self, since: datetime, until: datetime, cause: str) -> None:
+        self._note_gap(since, until, cause)
+        task = asyncio.ensure_future(
+            signals.listener_gap.asend_robust(self.listener, since=since, until=until, cause=cause)
+        )
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     def led(self, leader: bool) -> None:
         self._intake.led(leader)
@@ -198,7 +218,7 @@ class Service:
             await asyncio.sleep(conf.HEARTBEAT_INTERVAL / 2)
             self._report_health()
 
-    def health(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """The state of this listener, as plain values."""
         since = self._established_since
         return {
@@ -209,13 +229,19 @@ class Service:
             "role": self.role,
             "established": since is not None,
             "established_since": None if since is None else since.isoformat(),
+            "last_echo": self._last_echo(),
             "round_trip": self.listener.round_trip,
             "topics": self.topics,
             "waiting": self.dispatcher.waiting,
             "running": self.dispatcher.running,
             "counts": self.stats.snapshot(),
+            "last_gap": self._last_gap,
             "at": datetime.now(UTC).isoformat(),
         }
+
+    def _last_echo(self) -> str | None:
+        proven_at = self.listener.session.proven_at
+        return None if proven_at is None else self.listener.wall_time(proven_at).isoformat()
 
     def _report_health(self) -> None:
         if self._health_file is None:
@@ -225,7 +251,7 @@ class Service:
             with tempfile.NamedTemporaryFile(
                 "w", dir=folder, prefix=".pglisten-", delete=False
             ) as new:
-                json.dump(self.health(), new)
+                json.dump(self.status(), new)
             Path(new.name).replace(self._health_file)
         except OSError as exc:
             logger.error("The health file %s could not be written: %s", self._health_file, exc)

@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import datetime
+from typing import Any
 
+from ..conf import conf
 from .connection import Notification
 from .listener import Listener
 
@@ -147,6 +149,17 @@ class BackgroundListener:
     def lost(self, cause: str, retry_in: float) -> None:
         with self._lock:
             self._listened_to = frozenset()
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "node": conf.NODE,
+            "pid": os.getpid(),
+            "backend": self.backend_pid,
+            "database": self.using,
+            "role": "in process",
+            "established": bool(self._listened_to),
+            "topics": sorted(self._listened_to),
+        }
 
     def led(self, leader: bool) -> None:
         """Never: this listener does not compete."""

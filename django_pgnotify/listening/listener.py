@@ -18,7 +18,7 @@ from .. import signals
 from ..backoff import Backoff
 from ..conf import conf
 from ..exceptions import ConnectionLost, ListenError
-from ..wire import wire_channel
+from ..wire import PAYLOAD_LIMIT, byte_length, wire_channel
 from . import session as todo
 from .connection import ListenConnection, Notification, first_line
 from .session import Command, Session, Timing
@@ -27,6 +27,11 @@ logger = logging.getLogger("django_pgnotify.listening")
 
 BACKOFF_BASE = 0.1
 """Upper bound, in seconds, of the first pause between attempts to connect."""
+
+STATUS_CHANNEL = "pgnotify.status"
+"""Whoever sends the name of a reply channel here gets the status of every listener there."""
+
+REPLY_PREFIX = "pgnotify.reply."
 
 _LOCK_CLASS = 0x70676E74  # "pgnt": the advisory lock space of leaders
 _ECHO = (
@@ -61,6 +66,9 @@ class Sink(Protocol):
 
     def lost(self, cause: str, retry_in: float) -> None: ...
 
+    def status(self) -> dict[str, Any]:
+        """How the listener is, as plain values, for the roll call."""
+
 
 def connection_params(using: str) -> dict[str, Any]:
     """What Django would connect ``using`` with, less what is for its own connections only."""
@@ -69,6 +77,15 @@ def connection_params(using: str) -> dict[str, Any]:
     for name in ("cursor_factory", "context", "prepare_threshold"):
         params.pop(name, None)
     return params
+
+
+def _status_payload(status: dict[str, Any]) -> str:
+    """A status as NOTIFY payload; of too many topics only the first ones are named."""
+    text = json.dumps(status)
+    while byte_length(text) > PAYLOAD_LIMIT and status["topics"]:
+        status = status | {"topics": status["topics"][: len(status["topics"]) // 2]}
+        text = json.dumps(status)
+    return text
 
 
 class Listener:
@@ -97,6 +114,8 @@ class Listener:
         self._leadership = leadership
         prefix = conf.CHANNEL_PREFIX
         self._echo_channel = wire_channel(f"pgnotify.echo.{secrets.token_hex(8)}", prefix)
+        self._status_channel = wire_channel(STATUS_CHANNEL, prefix)
+        self._reply_prefix = prefix + REPLY_PREFIX
         self._leader_channel = wire_channel(f"pgnotify.leader.{leadership}", prefix)
         lock = zlib.crc32(f"{prefix}:{leadership}".encode())
         self._lock_key = (str(_LOCK_CLASS), str(lock - (1 << 32) if lock >= 1 << 31 else lock))
@@ -191,6 +210,8 @@ class Listener:
                 await self._echoed(notification.payload.decode(errors="replace"))
             elif notification.channel == self._leader_channel:
                 await self._carry_out(self.session.leadership_free(self._now()))
+            elif notification.channel == self._status_channel:
+                await self._answer(notification.payload.decode(errors="replace"))
             else:
                 heard.append(notification)
         if heard:
@@ -201,6 +222,17 @@ class Listener:
     async def _echoed(self, nonce: str) -> None:
         self.round_trip = self._now() - self._echo_sent
         await self._carry_out(self.session.echoed(self._now(), nonce, self._server_listens))
+
+    async def _answer(self, channel: str) -> None:
+        if channel.startswith(self._reply_prefix) and self._connection is not None:
+            try:
+                await self._connection.execute(
+                    b"SELECT pg_notify($1, $2)",
+                    (channel, _status_payload(self._sink.status())),
+                    timeout=self._timeout,
+                )
+            except (ListenError, psycopg.Error) as exc:
+                await self._fail(exc)
 
     async def _fail(self, exc: Exception) -> None:
         self.last_error = exc
@@ -231,7 +263,7 @@ class Listener:
                 )
                 await self._do_all(self.session.connected(self._now()))
             case todo.Listen(channels):
-                own = {self._echo_channel}
+                own = {self._echo_channel, self._status_channel}
                 if self._leadership is not None:
                     own.add(self._leader_channel)
                 await self._open().listen(sorted(channels | own), timeout=self._timeout)
@@ -248,7 +280,7 @@ class Listener:
             case todo.Follow():
                 self._sink.led(False)
             case todo.Gap(since, until, cause, for_leader):
-                times = (self._wall(since), self._wall(until))
+                times = (self.wall_time(since), self.wall_time(until))
                 self._sink.gap(*times, cause, for_leader=for_leader)
                 if not for_leader:
                     # Waited for: what a handler does is done before later frames are delivered.
@@ -331,5 +363,6 @@ class Listener:
             except (ListenError, psycopg.Error) as exc:
                 logger.info("Leadership ends with the connection, not before it: %s", exc)
 
-    def _wall(self, moment: float) -> datetime:
+    def wall_time(self, moment: float) -> datetime:
+        """A moment of the loop's clock as the time of day, in UTC."""
         return datetime.now(UTC) - timedelta(seconds=self._now() - moment)

@@ -13,6 +13,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 from django.utils import autoreload
 
+from django_pgnotify import systemd
 from django_pgnotify.conf import conf
 from django_pgnotify.dispatching.service import Service
 from django_pgnotify.events import Event, check_topic
@@ -105,7 +106,9 @@ class Command(BaseCommand):
             self._stop_on_signals(service)
         if options["once"]:
             waiting = asyncio.create_task(_stop_after(first, service), name="pgnotify-once")
+        watchdog = asyncio.create_task(_feed_watchdog(), name="pgnotify-watchdog")
         drained = await service.run(options["shutdown_timeout"])
+        watchdog.cancel()
         if options["once"]:
             waiting.cancel()
         if not drained:
@@ -127,6 +130,7 @@ class Command(BaseCommand):
                 os._exit(128 + number)
             seen.append(number)
             self._say(f"pglisten: {number.name}, finishing what runs")
+            systemd.tell("STOPPING=1")
             service.stop()
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -138,11 +142,13 @@ class Command(BaseCommand):
             f"pglisten: ready (database {service.using!r}, {len(service.topics)} topic(s), "
             f"{len(service.routes)} receiver(s), {service.role})"
         )
+        systemd.tell(f"READY=1\nSTATUS={service.role} on database {service.using}")
 
     def _lost(self, using: str, cause: str) -> None:
         if not self._waiting:  # once for each outage; the log has every attempt
             self._waiting = True
             self._warn(f"waiting for database {using!r}: {cause}")
+            systemd.tell(f"STATUS=waiting for database {using}: {cause}")
 
     def _say(self, line: str) -> None:
         self.stdout.write(line)
@@ -151,6 +157,14 @@ class Command(BaseCommand):
     def _warn(self, line: str) -> None:
         self.stderr.write(self.style.WARNING(f"pglisten: {line}"))
         self.stderr.flush()
+
+
+async def _feed_watchdog() -> None:
+    """A sign of life for systemd for as long as the loop turns, database or not."""
+    interval = systemd.watchdog_interval()
+    while interval is not None:
+        systemd.tell("WATCHDOG=1")
+        await asyncio.sleep(interval)
 
 
 def _note(events: Sequence[Event], first: asyncio.Event) -> None:

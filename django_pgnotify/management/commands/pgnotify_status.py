@@ -1,0 +1,133 @@
+"""``manage.py pgnotify_status``: who listens, how they are, and how full the queue is."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+
+from django_pgnotify.conf import conf
+from django_pgnotify.exceptions import ListenError, UnsupportedDatabase
+from django_pgnotify.listening.roll_call import RollCall, call_the_roll
+from django_pgnotify.publishing.sender import check_alias
+
+WELL, NOT_WELL, UNREACHABLE = 0, 1, 2
+
+
+class Command(BaseCommand):
+    help = (
+        "Ask every live listener how it is. Exit code 0: there is one, and a leader; "
+        "1: there is not; 2: the database cannot be reached."
+    )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--database",
+            metavar="ALIAS",
+            help="database alias to ask on (default: PGNOTIFY_LISTEN_DATABASE, "
+            "else PGNOTIFY_DATABASE)",
+        )
+        parser.add_argument(
+            "--timeout",
+            type=float,
+            default=1.0,
+            metavar="SECONDS",
+            help="how long listeners have to answer (default: 1)",
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            using = check_alias(options["database"] or conf.listen_database)
+            roll = asyncio.run(call_the_roll(using, options["timeout"]))
+        except UnsupportedDatabase as exc:
+            raise CommandError(str(exc), returncode=UNREACHABLE) from exc
+        except ListenError as exc:
+            message = f"cannot listen on database {using!r}: {exc}"
+            raise CommandError(message, returncode=UNREACHABLE) from exc
+        problem = _problem(roll)
+        if options["json"]:
+            self.stdout.write(json.dumps(_as_json(roll, problem), indent=2))
+        else:
+            self._print(roll, problem)
+        sys.exit(WELL if problem is None else NOT_WELL)
+
+    def _print(self, roll: RollCall, problem: str | None) -> None:
+        rows = [_HEADINGS, *map(_row, roll.listeners)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            self.stdout.write(line.rstrip())
+        self.stdout.write(f"notification queue: {roll.queue_usage:.1%} full")
+        for suspect in roll.suspects:
+            self.stdout.write(
+                f"  holds up the queue if it listens: backend {suspect.pid} "
+                f"({suspect.application or 'no name'}, {suspect.user}), {suspect.state} for "
+                f"{suspect.seconds:.0f} s {suspect.wait}".rstrip()
+            )
+        if problem is not None:
+            self.stdout.write(self.style.ERROR(problem))
+
+
+_HEADINGS = (
+    "NODE",
+    "PID",
+    "BACKEND",
+    "ROLE",
+    "SINCE",
+    "LAST ECHO",
+    "RTT",
+    "WAITING",
+    "HANDLED",
+    "FAILED",
+    "DROPPED",
+    "LAST GAP",
+    "TOPICS",
+)
+
+
+def _row(status: dict[str, Any]) -> tuple[str, ...]:
+    counts = status.get("counts", {})
+    round_trip, gap = status.get("round_trip"), status.get("last_gap")
+    return (
+        str(status["node"]),
+        str(status["pid"]),
+        str(status["backend"]),
+        str(status["role"]),
+        _clock(status.get("established_since")),
+        _clock(status.get("last_echo")),
+        "-" if round_trip is None else f"{round_trip * 1000:.1f} ms",
+        str(status.get("waiting", "-")),
+        str(counts.get("handled", 0)),
+        str(counts.get("failed", 0)),
+        str(counts.get("dropped", 0)),
+        "-" if gap is None else f"{_clock(gap['until'])} ({gap['cause']})",
+        ", ".join(status["topics"]),
+    )
+
+
+def _clock(moment: str | None) -> str:
+    return "-" if moment is None else moment[11:19]
+
+
+def _problem(roll: RollCall) -> str | None:
+    """What a probe should fail for, None if all is well."""
+    workers = [status for status in roll.listeners if status["role"] != "in process"]
+    if not workers:
+        return "No pglisten answers."
+    if {status["role"] for status in workers} == {"standby"}:
+        return "No pglisten is the leader."
+    return None
+
+
+def _as_json(roll: RollCall, problem: str | None) -> dict[str, Any]:
+    return {
+        "problem": problem,
+        "listeners": roll.listeners,
+        "queue_usage": roll.queue_usage,
+        "suspects": [suspect._asdict() for suspect in roll.suspects],
+    }
