@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -50,7 +49,6 @@ class Dispatcher:
         using: str | None = None,
         overflowed: Callable[[datetime, datetime, str], None] | None = None,
     ) -> None:
-        self._loop = asyncio.get_running_loop()
         self._stats = stats
         self._using = using
         self._overflowed = overflowed
@@ -142,36 +140,30 @@ class Dispatcher:
 
     def _work_on(self, lane: Lane) -> None:
         self._idle.clear()
-        for _ in range(lane.hire()):
-            self._runner.start(lane)
+        self._runner.staff(lane)
 
-    def _worker_ended(self) -> None:
-        # Where the loop was closed while a receiver ran on, nobody is left to tell.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._look_again)
-
-    def _look_again(self) -> None:
-        self._end_overflows()
-        if not self._stopping:
-            for _, lane in self._routes:
-                for _ in range(lane.hire()):
-                    self._runner.start(lane)
-        if all(lane.idle for _, lane in self._routes):
+    def _worker_ended(self, lane: Lane) -> None:
+        if self._stopping:
+            return
+        self._end_overflow(lane)
+        if not lane.idle:
+            self._work_on(lane)
+        elif all(lane.idle for _, lane in self._routes):
             self._idle.set()
 
-    def _end_overflows(self) -> None:
-        """A lane with room again hears of what it missed, before anything newer."""
-        for lane, since in list(self._overflowing.items()):
-            if lane.has_room:
-                del self._overflowing[lane]
-                now = datetime.now(UTC)
-                cause = f"receiver {lane.receiver.uid} did not keep up"
-                if self._overflowed is not None:
-                    self._overflowed(since, now, cause)
-                if lane.receiver.on_gap:
-                    route = next(route for route, other in self._routes if other is lane)
-                    for topic in dict.fromkeys(s.topic for s in route.subscriptions):
-                        self._put_gap(lane, topic, since, now, cause)
+    def _end_overflow(self, lane: Lane) -> None:
+        """A lane that has emptied hears of what it missed, before anything newer."""
+        since = self._overflowing.pop(lane, None)
+        if since is None:
+            return
+        now = datetime.now(UTC)
+        cause = f"receiver {lane.receiver.uid} did not keep up"
+        if self._overflowed is not None:
+            self._overflowed(since, now, cause)
+        if lane.receiver.on_gap:
+            route = next(route for route, other in self._routes if other is lane)
+            for topic in dict.fromkeys(s.topic for s in route.subscriptions):
+                self._put_gap(lane, topic, since, now, cause)
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -196,5 +188,5 @@ class Dispatcher:
             if dropped:
                 self._stats.add("dropped", dropped)
                 logger.error("Receiver %s: %d event(s) dropped", lane.receiver.uid, dropped)
-        self._runner.close()
+        await self._runner.close(drained=unfinished == 0)
         return unfinished == 0

@@ -140,11 +140,6 @@ class Lane:
         return self._running
 
     @property
-    def has_room(self) -> bool:
-        """Whether half of what may wait is free again."""
-        return self._waiting <= self.max_waiting // 2 and self._bytes <= self.max_bytes // 2
-
-    @property
     def idle(self) -> bool:
         with self._lock:
             return self._waiting == 0 and self._running == 0 and self._workers == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -31,6 +33,7 @@ from .sender import REFERENCE, sender
 
 logger = logging.getLogger("django_pgnotify.layers")
 
+_REFERENCE = re.compile(re.escape(REFERENCE) + r"([0-9]{1,18})", re.ASCII)
 _GROUP, _CHANNEL, _ADD, _DISCARD, _FLUSH = "g", "c", "+", "-", "f"
 
 
@@ -81,6 +84,9 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         self._subscription: Subscription | None = None
         self._incoming: deque[str] = deque()
         self._fetching = False
+        self._flushes: dict[str, Future[None]] = {}
+        self._numbers = itertools.count()
+        self._sweep_due = time.monotonic() + self.expiry
 
     # -- Channels API -------------------------------------------------------------------------
 
@@ -118,7 +124,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             )
         mailbox = self._mailbox(channel)
         try:
-            message: dict[str, Any] = msgpack.unpackb(await mailbox.get(), strict_map_key=False)
+            message: dict[str, Any] = _unpack(await mailbox.get())
             return message
         finally:
             with self._lock:
@@ -158,9 +164,18 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         await self._notify(_GROUP, group, msgpack.packb(message))
 
     async def flush(self) -> None:
-        """Forget all groups and messages, in every process."""
-        self._forget()
-        await self._notify(_FLUSH, "", b"")
+        """Forget all groups and messages of before, in every process."""
+        await self._listening()
+        nonce, flushed = secrets.token_hex(8), Future[None]()
+        self._flushes[nonce] = flushed
+        try:
+            await self._notify(_FLUSH, nonce, b"")
+            # Until our own call is back, it could still take a group away that is joined now.
+            await asyncio.wait_for(asyncio.wrap_future(flushed), conf.CONNECT_TIMEOUT)
+        except TimeoutError:
+            raise ListenError("The channel layer did not hear its own flush.") from None
+        finally:
+            self._flushes.pop(nonce, None)
 
     async def close(self) -> None:
         """Stop hearing; what the process shares with other layers goes on."""
@@ -226,11 +241,21 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         self.stats.add("dropped")
         return False
 
+    def _sweep(self, now: float) -> None:
+        """Forget mailboxes whose reader is gone and whose messages have expired."""
+        self._sweep_due = now + self.expiry
+        for channel, mailbox in list(self._mailboxes.items()):
+            mailbox.expire()
+            if mailbox.abandoned:
+                del self._mailboxes[channel]
+
     # -- out ------------------------------------------------------------------------------------
 
     async def _notify(self, kind: str, name: str, body: bytes) -> None:
         self._check_fork()
-        payload = base64.b64encode(msgpack.packb((kind, name, body))).decode()
+        # Numbered, because PostgreSQL folds equal payloads of one transaction into one.
+        packed = msgpack.packb((kind, name, body, next(self._numbers)))
+        payload = base64.b64encode(packed).decode()
         await asyncio.wrap_future(sender(self._publish_alias).send(self._wire, payload))
 
     # -- in -------------------------------------------------------------------------------------
@@ -269,9 +294,10 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         """Hand on what has come in, in order; what follows a stored message waits for it."""
         while self._incoming:
             payload = self._incoming.popleft()
-            if payload.startswith(REFERENCE) and payload[len(REFERENCE) :].isdigit():
+            reference = _REFERENCE.fullmatch(payload)
+            if reference is not None:
                 self._fetching = True
-                row = int(payload[len(REFERENCE) :])
+                row = int(reference.group(1))
                 sender(self._publish_alias).fetch(row).add_done_callback(self._fetched)
                 return
             self._hand_on(payload)
@@ -288,15 +314,21 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
 
     def _hand_on(self, payload: str) -> None:
         try:
-            kind, name, body = msgpack.unpackb(base64.b64decode(payload, validate=True))
+            kind, name, body, _ = msgpack.unpackb(base64.b64decode(payload, validate=True))
             if not isinstance(name, str) or not isinstance(body, bytes):
                 raise ValueError("wrong types")
+            if kind in (_GROUP, _CHANNEL) and not isinstance(_unpack(body), dict):
+                raise ValueError("not a message")
+            if kind not in (_GROUP, _CHANNEL, _ADD, _DISCARD, _FLUSH):
+                raise ValueError("unknown kind")
         except Exception as exc:  # noqa: BLE001 - anybody may NOTIFY anything; msgpack raises many
             self.stats.add("broken")
             logger.warning("Skipped a message that is none of ours (%s)", type(exc).__name__)
             return
+        now = time.monotonic()
+        if now >= self._sweep_due:
+            self._sweep(now)
         if kind == _GROUP:
-            now = time.monotonic()
             for channel, joined in list(self._groups.get(name, {}).items()):
                 if now - joined > self.group_expiry:
                     self._leave(name, channel)
@@ -304,6 +336,9 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
                     self._put(channel, body)
         elif kind == _FLUSH:
             self._forget()
+            flushed = self._flushes.get(name)
+            if flushed is not None and flushed.set_running_or_notify_cancel():
+                flushed.set_result(None)
         elif kind == _CHANNEL:
             if self._is_ours(name):
                 self._put(name, body)
@@ -317,6 +352,10 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         logger.warning(
             "The channel layer may have missed messages from %s to %s: %s", since, until, cause
         )
+
+
+def _unpack(packed: bytes) -> Any:
+    return msgpack.unpackb(packed, strict_map_key=False)
 
 
 def _require_dict(message: object) -> None:

@@ -22,6 +22,7 @@ import psycopg
 
 from ..conf import conf
 from ..exceptions import PublishError
+from ..listening.connection import with_keepalives
 from ..listening.listener import connection_params
 from ..wire import PAYLOAD_LIMIT
 
@@ -81,7 +82,12 @@ class Sender:
         self._jobs.put(job)
         return job.done
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def stop(self) -> None:
+        """Send what waits, and end the thread."""
         self._jobs.put(None)
         self._thread.join(_EXIT_TIMEOUT)
 
@@ -137,7 +143,7 @@ class Sender:
             row = self._retrying(
                 lambda connection: connection.execute(_FETCH, (job.row,)).fetchone()
             )
-        except (psycopg.Error, OSError) as exc:
+        except Exception as exc:  # noqa: BLE001 - the thread must go on, whatever it was
             logger.error("A stored message could not be fetched: %s", exc)
             row = None
         job.done.set_result(None if row is None else row[0])
@@ -145,7 +151,7 @@ class Sender:
     def _finish(self, jobs: list[_Send], work: Callable[[psycopg.Connection[Any]], object]) -> None:
         try:
             self._retrying(work)
-        except (psycopg.Error, OSError) as exc:
+        except Exception as exc:  # noqa: BLE001 - whoever waits must be told, whatever it was
             for job in jobs:
                 error = PublishError(f"The channel layer could not send: {exc}")
                 error.__cause__ = exc
@@ -169,7 +175,8 @@ class Sender:
 
     def _connected(self) -> psycopg.Connection[Any]:
         if self._connection is None or self._connection.closed:
-            params = connection_params(self.using) | {"prepare_threshold": None}
+            params = with_keepalives(connection_params(self.using), conf.CONNECT_TIMEOUT)
+            params |= {"application_name": "pgnotify-layer", "prepare_threshold": None}
             self._connection = psycopg.connect(**params, autocommit=True)
         return self._connection
 
@@ -183,13 +190,16 @@ def sender(using: str) -> Sender:
     """The sender of this process on alias ``using``."""
     with _guard:
         found = _senders.get(using)
-        if found is None:
+        if found is None or not found.alive:
             found = _senders[using] = Sender(using)
         return found
 
 
 def _stop_all() -> None:
-    for entry in list(_senders.values()):
+    with _guard:
+        stopping = list(_senders.values())
+        _senders.clear()
+    for entry in stopping:
         entry.stop()
 
 

@@ -62,7 +62,9 @@ class BackgroundListener:
         self.pid = os.getpid()
         self._lock = threading.Lock()
         self._subscriptions: dict[str, list[Subscription]] = {}
+        self._wanted: frozenset[str] = frozenset()
         self._listened_to: frozenset[str] = frozenset()
+        self._stopped = False
         self._listener: Listener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="pgnotify-listener", daemon=True)
@@ -93,12 +95,13 @@ class BackgroundListener:
 
     def stop(self, timeout: float = _EXIT_TIMEOUT) -> None:
         """Close the connection and end the thread, waiting for at most ``timeout`` seconds."""
-        loop, listener = self._loop, self._listener
-        if loop is not None and listener is not None and self._thread.is_alive():
-            try:
+        with self._lock:
+            self._stopped = True
+            loop, listener = self._loop, self._listener
+        if loop is not None and listener is not None:
+            with suppress(RuntimeError):  # it has just ended by itself
                 loop.call_soon_threadsafe(listener.stop)
-            except RuntimeError:
-                return  # it has just ended by itself
+        if self._thread.is_alive():
             self._thread.join(timeout)
 
     @property
@@ -120,6 +123,9 @@ class BackgroundListener:
         # Read here, on the loop: two updates then cannot overtake each other.
         with self._lock:
             channels = frozenset(self._subscriptions)
+            # What is about to be left must not count as heard for whoever comes next.
+            self._wanted = channels
+            self._listened_to &= channels
         listener.want(channels)
 
     def _run(self) -> None:
@@ -131,8 +137,10 @@ class BackgroundListener:
     async def _listen(self) -> None:
         with self._lock:
             channels = frozenset(self._subscriptions)
-        self._listener = Listener(self.using, channels, self)
-        self._loop = asyncio.get_running_loop()
+            if self._stopped:
+                return
+            self._listener = Listener(self.using, channels, self)
+            self._loop = asyncio.get_running_loop()
         self._want(self._listener)  # what was subscribed to meanwhile
         await self._listener.run()
 
@@ -140,8 +148,8 @@ class BackgroundListener:
 
     def established(self, channels: frozenset[str]) -> None:
         with self._lock:
-            self._listened_to = channels
-            for channel in channels & self._subscriptions.keys():
+            self._listened_to = channels & self._wanted
+            for channel in self._listened_to & self._subscriptions.keys():
                 for subscription in self._subscriptions[channel]:
                     if not subscription.established.done():
                         subscription.established.set_result(None)

@@ -74,7 +74,7 @@ class ListenConnection:
         try:
             async with asyncio.timeout(timeout):
                 raw = await psycopg.AsyncConnection.connect(
-                    **_with_keepalives(params, timeout), autocommit=True
+                    **with_keepalives(params, timeout), autocommit=True
                 )
         except TimeoutError as exc:
             raise CannotConnect(f"no answer within {timeout:g} s") from exc
@@ -230,7 +230,7 @@ class ListenConnection:
         self._loop.remove_writer(self._fileno)
 
 
-def _with_keepalives(params: dict[str, Any], timeout: float) -> dict[str, Any]:
+def with_keepalives(params: dict[str, Any], timeout: float) -> dict[str, Any]:
     """TCP's own probes, where the project has not chosen: a second line behind the heartbeat."""
     return {
         "application_name": "pglisten",

@@ -137,6 +137,7 @@ class Listener:
         self._echo_sent = 0.0
         self._wanted: frozenset[str] | None = None
         self._stop_requested = False
+        self._opening: asyncio.Task[ListenConnection] | None = None
         self._kicked = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -145,6 +146,8 @@ class Listener:
     def stop(self) -> None:
         """Ask :meth:`run` to give up the leadership, close, and return."""
         self._stop_requested = True
+        if self._opening is not None:
+            self._opening.cancel()
         self.kick()
 
     def want(self, channels: Iterable[str]) -> None:
@@ -258,9 +261,7 @@ class Listener:
             case todo.Deliver(notifications):
                 self._sink.notified(notifications)
             case todo.Connect():
-                self._connection = await ListenConnection.open(
-                    connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=self.kick
-                )
+                self._connection = await self._connect()
                 await self._do_all(self.session.connected(self._now()))
             case todo.Listen(channels):
                 own = {self._echo_channel, self._status_channel}
@@ -304,6 +305,20 @@ class Listener:
                 if self._connection is not None:
                     self._connection.close()
                     self._connection = None
+
+    async def _connect(self) -> ListenConnection:
+        opening = ListenConnection.open(
+            connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=self.kick
+        )
+        self._opening = asyncio.create_task(opening, name="pgnotify-connect")
+        try:
+            return await self._opening
+        except asyncio.CancelledError:
+            if self._stop_requested and self._opening.cancelled():
+                raise ConnectionLost("told to stop while connecting") from None
+            raise
+        finally:
+            self._opening = None
 
     def _open(self) -> ListenConnection:
         if self._connection is None:

@@ -83,7 +83,7 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """The session is proven to hear ``channels``."""
+    """The session is proven to hear ``channels``, and no others."""
 
     channels: frozenset[str]
 
@@ -206,7 +206,7 @@ class Session:
             return []
         self.listened_to -= channels
         self._changing, self._change_due = frozenset(), None
-        return self._change_channels(now)
+        return [Established(self.listened_to), *self._change_channels(now)]
 
     def echoed(
         self, now: float, nonce: str, listening: frozenset[str] | None = None
@@ -285,7 +285,11 @@ class Session:
     def want(self, now: float, channels: Iterable[str]) -> list[Command]:
         """From here on these are the channels to listen to."""
         self.wanted = frozenset(channels)
-        return self._change_channels(now) if self.state == "established" else []
+        if self.state != "established":
+            return []
+        if self.wanted == self.listened_to and not self._changing:
+            return [Established(self.listened_to)]
+        return self._change_channels(now)
 
     def tick(self, now: float) -> list[Command]:
         """Time has passed."""
