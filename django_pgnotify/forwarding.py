@@ -10,7 +10,15 @@ from typing import Any
 
 from .events import Event, check_actions
 from .exceptions import InvalidArgument, InvalidTemplate, PgNotifyError
-from .registry import Receiver, Source, check_signature, check_sources, registry, source_name
+from .registry import (
+    Receiver,
+    Source,
+    check_signature,
+    check_sources,
+    describe,
+    registry,
+    source_name,
+)
 from .templates import check_template, fields_of, fill, literal_parts
 
 GROUP_NAME_LIMIT = 99
@@ -71,7 +79,7 @@ def forward(
         for name in names:
             await channel_layer.group_send(name, message)
 
-    target = group if isinstance(group, str) else f"{group.__module__}.{group.__qualname__}"
+    target = group if isinstance(group, str) else describe(group)
     names = ",".join(source_name(one) for one in sources)
     registry.add(
         Receiver(
@@ -81,7 +89,8 @@ def forward(
             actions=check_actions(actions),
             purpose={"layer": layer},
         ),
-        explicit_uid=True,
+        explicit_uid=dispatch_uid is not None or isinstance(group, str),
+        origin=None if isinstance(group, str) else group,
     )
 
 
@@ -159,7 +168,7 @@ def plain_event(event: Event) -> dict[str, Any]:
         "action": event.action,
         "model": event.model,
         "pk": _plain(event.pk),
-        "data": event.data,
+        "data": _plain(event.data),
         "key": event.key,
         "changed": None if event.changed is None else list(event.changed),
         "source": event.source,
@@ -168,8 +177,12 @@ def plain_event(event: Event) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return str(value)  # more than msgpack carries
     if value is None or isinstance(value, (str, int, float)):
         return value
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(part) for part in value]
     if isinstance(value, (datetime, date, time)):

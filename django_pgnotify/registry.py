@@ -67,13 +67,18 @@ class Registry:
         self._lock = threading.Lock()
         self.publications: dict[str, Publication] = {}
         self._receivers: dict[str, Receiver] = {}
+        self._origins: dict[str, object] = {}
 
     @property
     def receivers(self) -> list[Receiver]:
         return list(self._receivers.values())
 
-    def add(self, receiver: Receiver, *, explicit_uid: bool) -> None:
+    def add(self, receiver: Receiver, *, explicit_uid: bool, origin: object = None) -> None:
         """Register ``receiver``; registering the same function for the same source twice is once.
+
+        Args:
+            explicit_uid: whether its uid stands for itself, and must not be numbered.
+            origin: the user's own function, where that of the receiver is made around it.
 
         Raises:
             DuplicateReceiver: its uid was given explicitly and is taken.
@@ -86,20 +91,21 @@ class Registry:
                         f"dispatch_uid {uid!r} is taken by {describe(taken.func)}; give "
                         f"{describe(receiver.func)} one of its own."
                     )
-                if taken.func is receiver.func:
+                if self._origins[uid] is (origin or receiver.func):
                     return
                 number += 1
                 uid = f"{receiver.uid}#{number}"
             if uid != receiver.uid:
                 receiver = replace(receiver, uid=uid)
             self._receivers[uid] = receiver
+            self._origins[uid] = origin or receiver.func
 
     def remove(self, func: Callable[..., Any]) -> bool:
         """Forget every registration of ``func``; tells whether there was one."""
         with self._lock:
-            gone = [uid for uid, entry in self._receivers.items() if entry.func is func]
+            gone = [uid for uid, origin in self._origins.items() if origin is func]
             for uid in gone:
-                del self._receivers[uid]
+                del self._receivers[uid], self._origins[uid]
             return bool(gone)
 
     def subscriptions(self, receiver: Receiver) -> tuple[Subscription, ...]:
@@ -118,11 +124,12 @@ class Registry:
     @contextmanager
     def isolated(self) -> Iterator[Registry]:
         """For tests: no receivers inside, and those of before again afterwards."""
-        saved, self._receivers = self._receivers, {}
+        saved = self._receivers, self._origins
+        self._receivers, self._origins = {}, {}
         try:
             yield self
         finally:
-            self._receivers = saved
+            self._receivers, self._origins = saved
 
 
 registry = Registry()

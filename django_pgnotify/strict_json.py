@@ -12,6 +12,9 @@ from .exceptions import EventDataError
 MAX_DEPTH = 200
 """Levels of nesting that are accepted; Python's own decoder gives up not far above."""
 
+MAX_INT_BITS = 8192
+"""Python itself refuses to read a number of more than 4300 digits (14,284 bits) from text."""
+
 ToPlain = Callable[[Any], Any]
 
 
@@ -43,12 +46,19 @@ def dumps(value: dict[str, Any], to_plain: ToPlain) -> str:
 
 
 def loads(text: str) -> Any:
-    """Decode JSON text; raises ValueError for anything else, NaN and bottomless nesting included.
+    """Decode JSON text.
 
-    The error never holds the text: JSONDecodeError would, in its ``doc``.
+    Raises:
+        NestedTooDeeply: it has more than ``MAX_DEPTH`` levels; Python's own limit differs from
+            version to version.
+        ValueError: it is not JSON, NaN and numbers of thousands of digits included. The error
+            never holds the text; JSONDecodeError would, in its ``doc``.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
+            raise RecursionError
+        return value
     except RecursionError:
         raise NestedTooDeeply("nested too deeply") from None
     except ValueError as exc:
@@ -57,6 +67,21 @@ def loads(text: str) -> Any:
 
 class NestedTooDeeply(ValueError):
     """JSON, but no decoder here can hold it."""
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                below += one.values()
+            elif isinstance(one, list):
+                below += one
+        level = [one for one in below if isinstance(one, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _refuse_constant(name: str) -> Any:
@@ -75,6 +100,8 @@ def _why_not_json(fields: Mapping[str, Any], to_plain: ToPlain) -> str | None:
         path, value, above = stack.pop()
         if isinstance(value, float) and not math.isfinite(value):
             return f"{path} is {value!r}, which JSON has no word for. Send None or a string."
+        if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+            return f"{path} is a number of more than {MAX_INT_BITS} bits. Send it as a string."
         if isinstance(value, (str, int, float)) or value is None:
             continue
         if isinstance(value, (dict, list, tuple)):
@@ -87,6 +114,8 @@ def _why_not_json(fields: Mapping[str, Any], to_plain: ToPlain) -> str | None:
                 for name in value:
                     if not isinstance(name, (str, int, float)) and name is not None:
                         return f"{path} has the key {name!r}; the keys of a JSON object are text."
+                    if isinstance(name, float) and not math.isfinite(name):
+                        return f"{path} has the key {name!r}, which JSON has no word for."
                 members = [(f"{path}[{name!r}]", member) for name, member in value.items()]
             else:
                 members = [(f"{path}[{index}]", member) for index, member in enumerate(value)]
@@ -94,7 +123,7 @@ def _why_not_json(fields: Mapping[str, Any], to_plain: ToPlain) -> str | None:
             continue
         try:
             stack.append((path, to_plain(value), above))
-        except TypeError:
+        except (TypeError, ValueError):
             return (
                 f"{path} is {_shorten(repr(value))} ({type(value).__name__}), "
                 f"which JSON cannot carry. Send plain values: text, numbers, lists, dicts."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from .events import EVENT_FIELDS, Event
 from .exceptions import InvalidTemplate
 
 _formatter = string.Formatter()
+_NAME = re.compile(r"\w+(\[[^\[\]]+\])*")
 
 
 def check_template(template: object, what: str) -> str:
@@ -35,7 +37,9 @@ def check_template(template: object, what: str) -> str:
         if conversion not in (None, "r", "s", "a"):
             raise InvalidTemplate(f"{what} {template!r} is malformed: !{conversion} is unknown.")
         root = name.split("[", 1)[0]
-        if root not in EVENT_FIELDS or "." in name or "{" in (spec or ""):
+        if root in EVENT_FIELDS and not _NAME.fullmatch(name):
+            raise InvalidTemplate(f"{what} {template!r} is malformed: {{{name}}} names no field.")
+        if root not in EVENT_FIELDS or "{" in (spec or ""):
             raise InvalidTemplate(
                 f"{what} {template!r} names {name!r}, which is no field of an event; "
                 f"choose from {', '.join(EVENT_FIELDS)} (and data[name])."

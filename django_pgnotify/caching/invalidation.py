@@ -81,7 +81,9 @@ def invalidates(
             if not stale:
                 return
             caches[cache].delete_many(stale, version=version)
-        signals.cache_invalidated.send_robust(source, event=event, cache=cache, keys=stale)
+        signals.cache_invalidated.send_robust(
+            _source_of(event, sources), event=event, cache=cache, keys=stale
+        )
 
     names = ",".join(source_name(one) for one in sources)
     what = ",".join(templates) if templates else describe(keys)  # type: ignore[arg-type]
@@ -95,8 +97,18 @@ def invalidates(
             on_gap=True,
             purpose={"cache": cache},
         ),
-        explicit_uid=True,
+        explicit_uid=dispatch_uid is not None or bool(templates),
+        origin=None if templates else keys,
     )
+
+
+def _source_of(event: Event, sources: tuple[Source, ...]) -> Source:
+    """The one of several sources that an event came from."""
+    for source in sources:
+        heard = registry.subscription(source)
+        if heard.topic == event.topic and heard.model in (None, event.model):
+            return source
+    return sources[0]  # a gap of a topic that several models share
 
 
 def _check_keys(keys: object) -> list[str]:

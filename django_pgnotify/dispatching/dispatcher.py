@@ -123,8 +123,11 @@ class Dispatcher:
         refused = len(batch) if lane in self._overflowing else lane.put(batch, size)
         if refused:
             self._stats.add("dropped", refused)
-            if lane not in self._overflowing:
-                self._overflowing[lane] = datetime.now(UTC)
+            # From when the first of them was published: we may have been late to read it.
+            since = min(event.published_at for event in batch[-refused:])
+            known = self._overflowing.get(lane)
+            self._overflowing[lane] = since if known is None else min(since, known)
+            if known is None:
                 logger.error(
                     "Receiver %s does not keep up: events are dropped into a gap",
                     lane.receiver.uid,

@@ -65,7 +65,9 @@ class Lane:
                 return 0
             self._coalesce()
             dropped = 0
-            while self._queue and not self._fits():
+            while dropped < len(events) and self._queue and not self._fits():
+                if self._queue[-1].event.action == "gap":
+                    break  # it is there so that nothing is lost in silence
                 self._forget(self._queue.pop())
                 dropped += 1
             return dropped

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -247,11 +246,8 @@ class Service:
         if self._health_file is None:
             return
         try:
-            folder = self._health_file.resolve().parent
-            with tempfile.NamedTemporaryFile(
-                "w", dir=folder, prefix=".pglisten-", delete=False
-            ) as new:
-                json.dump(self.status(), new)
-            Path(new.name).replace(self._health_file)
+            new = self._health_file.with_name(f".{self._health_file.name}.{os.getpid()}")
+            new.write_text(json.dumps(self.status()))
+            new.replace(self._health_file)  # at once: a probe never reads half of it
         except OSError as exc:
             logger.error("The health file %s could not be written: %s", self._health_file, exc)

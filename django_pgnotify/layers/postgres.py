@@ -234,18 +234,22 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             if mailbox.put(packed, self.expiry):
                 return True
             if mailbox.expire():
-                # Nobody has read for as long as messages are kept: it is out of its groups.
-                for group in list(self._groups):
-                    self._leave(group, channel)
+                self._leave_all(channel)
                 return mailbox.put(packed, self.expiry)
         self.stats.add("dropped")
         return False
+
+    def _leave_all(self, channel: str) -> None:
+        """Nobody has read this channel for as long as messages are kept: it has no reader."""
+        for group in list(self._groups):
+            self._leave(group, channel)
 
     def _sweep(self, now: float) -> None:
         """Forget mailboxes whose reader is gone and whose messages have expired."""
         self._sweep_due = now + self.expiry
         for channel, mailbox in list(self._mailboxes.items()):
-            mailbox.expire()
+            if mailbox.expire():
+                self._leave_all(channel)
             if mailbox.abandoned:
                 del self._mailboxes[channel]
 
@@ -264,7 +268,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         """Return once whatever is sent from now on arrives here."""
         self._check_fork()
         with self._lock:
-            if self._subscription is None:
+            if self._subscription is None or not self._subscription.alive:
                 self._subscription = background_listener(self._listen_alias).subscribe(
                     self._wire, self._on_notifications, self._on_gap
                 )
@@ -326,8 +330,6 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             logger.warning("Skipped a message that is none of ours (%s)", type(exc).__name__)
             return
         now = time.monotonic()
-        if now >= self._sweep_due:
-            self._sweep(now)
         if kind == _GROUP:
             for channel, joined in list(self._groups.get(name, {}).items()):
                 if now - joined > self.group_expiry:
@@ -346,6 +348,8 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             channel = body.decode(errors="replace")
             if self._is_ours(channel):
                 (self._join if kind == _ADD else self._leave)(name, channel)
+        if now >= self._sweep_due:
+            self._sweep(now)
 
     def _on_gap(self, since: datetime, until: datetime, cause: str) -> None:
         self.stats.add("gaps")

@@ -33,7 +33,8 @@ OnGap = Callable[[datetime, datetime, str], None]
 class Subscription:
     """One subscriber's interest in one wire channel; :meth:`close` ends it.
 
-    ``established`` is a future that is done once every later frame will arrive.
+    ``established`` is a future that is done once every later frame will arrive; a new one takes
+    its place when the connection is lost.
     """
 
     def __init__(
@@ -48,6 +49,11 @@ class Subscription:
         self.on_gap = on_gap
         self.established: Future[None] = Future()
         self._background = background
+
+    @property
+    def alive(self) -> bool:
+        """Whether its listener still runs."""
+        return self._background.alive
 
     def close(self) -> None:
         """End the subscription; the channel is left when nobody else listens to it."""
@@ -157,6 +163,10 @@ class BackgroundListener:
     def lost(self, cause: str, retry_in: float) -> None:
         with self._lock:
             self._listened_to = frozenset()
+            for same in self._subscriptions.values():
+                for subscription in same:
+                    if subscription.established.done():
+                        subscription.established = Future()
 
     def status(self) -> dict[str, Any]:
         return {

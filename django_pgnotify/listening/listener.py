@@ -327,9 +327,13 @@ class Listener:
 
     async def _try_lead(self) -> None:
         connection = self._open()
+        asked_at = self._now()
         [(acquired,)] = await connection.execute(_TRY_LOCK, self._lock_key, timeout=self._timeout)
-        silent_for = 0.0
-        if acquired != b"t":
+        silent_for: float | None = None
+        if acquired == b"t":
+            # What came in meanwhile was the old leader's.
+            await self._read()
+        else:
             # A leader whose network is cut cannot let go, and its backend may not notice for
             # hours. By this time it has given itself up: it had no echo within its deadline.
             limit = conf.HEARTBEAT_INTERVAL + 2 * self._timeout
@@ -337,14 +341,20 @@ class Listener:
                 _END_SILENT_HOLDER, (*self._lock_key, str(limit)), timeout=self._timeout
             )
             for pid, silence, ended in holders:
-                silent_for = float(silence or 0)
+                if silence is None:
+                    continue  # the session of another role: we may not see how it is
+                silent_for = float(silence)
                 if ended == b"t":
                     logger.warning(
                         "Ended the session of a leader that was silent for %.1f s (backend %s)",
                         silent_for,
                         (pid or b"?").decode(),
                     )
-        await self._do_all(self.session.led(self._now(), acquired == b"t", silent_for=silent_for))
+        await self._do_all(
+            self.session.led(
+                self._now(), acquired == b"t", asked_at=asked_at, silent_for=silent_for
+            )
+        )
 
     async def _echo(self, nonce: str) -> None:
         connection = self._open()

@@ -133,6 +133,11 @@ class Timing:
     connect_timeout: float = 10.0
     leader_poll_interval: float = 1.0
 
+    @property
+    def proof_lag(self) -> float:
+        """How old the last proof of a session that still counts itself well can be."""
+        return self.heartbeat_interval + 2 * self.heartbeat_timeout
+
 
 class Session:
     """See the module. One session lives as long as its listener, through any number of connections.
@@ -167,6 +172,8 @@ class Session:
         self._held: list[Any] = []
         self._nonce: str | None = None
         self._echo_due: float | None = None
+        self._echo_at = 0.0
+        self._echo_channels: frozenset[str] = frozenset()
         self._next_echo = 0.0
         self._next_try = 0.0
         self._leaderless: tuple[float, str] | None = None
@@ -218,12 +225,14 @@ class Session:
         """
         if nonce != self._nonce or self.state not in ("proving", "established"):
             return []
-        if listening is not None and not self.listened_to <= listening:
-            missing = ", ".join(sorted(self.listened_to - listening)[:3])
+        asked_for = self._echo_channels & self.listened_to
+        if listening is not None and not asked_for <= listening:
+            missing = ", ".join(sorted(asked_for - listening)[:3])
             return self.failed(now, f"the server no longer listens for us on {missing}")
         self._nonce, self._echo_due = None, None
         self._next_echo = now + self._timing.heartbeat_interval
-        since, self.proven_at = self.proven_at, now
+        # It proves that what was committed before it was sent has been read, and no more.
+        since, self.proven_at = self.proven_at, self._echo_at
         if self.state == "established":
             self._reset_backoff_if_healthy(now)
             self._set_alarm()
@@ -234,6 +243,8 @@ class Session:
         commands: list[Command] = []
         if since is not None:
             commands.append(Gap(since, now, self._cause))
+            if self._leaderless is not None:
+                since = min(since, self._leaderless[0])
             self._leaderless = (since, self._cause)
         if self._wants_to_lead:
             # Whoever waits for "established" may publish at once, and expect the leader to act.
@@ -247,23 +258,39 @@ class Session:
 
     def notified(self, now: float, notifications: list[Any]) -> list[Command]:
         if self.state == "established":
+            proof_age = now - (self.proven_at or now)
+            if self.leader and proof_age > self._timing.proof_lag:
+                # Somebody else leads by now, and what we read first may be old.
+                return self.failed(now, "this process was stopped, or too busy, for too long")
             return [Deliver(notifications)]
         if self.state in ("listening", "proving"):
             # Already ours, but the gap must come first.
             self._held += notifications
         return []
 
-    def led(self, now: float, acquired: bool, *, silent_for: float = 0.0) -> list[Command]:
+    def led(
+        self,
+        now: float,
+        acquired: bool,
+        *,
+        asked_at: float | None = None,
+        silent_for: float | None = None,
+    ) -> list[Command]:
         """The outcome of :class:`TryLead`.
 
         Args:
-            silent_for: seconds since the present leader last gave a sign of life.
+            asked_at: when the server was asked; default now.
+            silent_for: seconds since the present leader last gave a sign of life, None where
+                that is not known.
         """
         if self.state != "established" or self.leader:
             return []
         if not acquired:
-            # Up to its last sign of life somebody else was there to receive.
-            self._leaderless = (now - silent_for, "the leader was gone")
+            # What it had read by its last sign of life goes back to its last proof before that.
+            asked_at = now if asked_at is None else asked_at
+            since = asked_at - (silent_for or 0.0) - self._timing.proof_lag
+            if silent_for is not None or self._leaderless is None:
+                self._leaderless = (since, "the leader was gone")
             return []
         self.leader = True
         self._set_alarm()
@@ -340,6 +367,7 @@ class Session:
 
     def _echo(self, now: float) -> list[Command]:
         self._nonce = self._new_nonce()
+        self._echo_at, self._echo_channels = now, self.listened_to
         self._echo_due = now + self._timing.heartbeat_timeout
         self._set_alarm()
         return [Echo(self._nonce)]

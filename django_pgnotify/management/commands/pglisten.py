@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
@@ -76,6 +77,11 @@ class Command(BaseCommand):
                 check_topic(topic)
         except (UnsupportedDatabase, InvalidTopic) as exc:
             raise CommandError(str(exc)) from exc
+        folder = Path(options["health_file"] or ".").absolute().parent
+        if not os.access(folder, os.W_OK):
+            raise CommandError(
+                f"--health-file: {str(folder)!r} is no folder that can be written to."
+            )
         if options["check"]:
             problem = asyncio.run(probe(using))
             if problem is not None:
