@@ -125,6 +125,8 @@ class Conf:
     """Sign frames with SECRET_KEY, and drop those that are not."""
     PUBLISH_RAW = Setting(False, _flag)
     """Publish rows saved by ``loaddata`` too."""
+    GAP_ON_START = Setting(False, _flag)
+    """Tell of a gap when ``pglisten`` starts, because nobody knows who listened before."""
     NODE = Setting(socket.gethostname, _text)
     """Name of this machine or container."""
     HEARTBEAT_INTERVAL = Setting(10.0, _seconds)

@@ -37,9 +37,7 @@ def check_template(template: object, what: str) -> str:
         if conversion not in (None, "r", "s", "a"):
             raise InvalidTemplate(f"{what} {template!r} is malformed: !{conversion} is unknown.")
         root = name.split("[", 1)[0]
-        if root in EVENT_FIELDS and not _NAME.fullmatch(name):
-            raise InvalidTemplate(f"{what} {template!r} is malformed: {{{name}}} names no field.")
-        if root not in EVENT_FIELDS or "{" in (spec or ""):
+        if root not in EVENT_FIELDS or not _NAME.fullmatch(name) or "{" in (spec or ""):
             raise InvalidTemplate(
                 f"{what} {template!r} names {name!r}, which is no field of an event; "
                 f"choose from {', '.join(EVENT_FIELDS)} (and data[name])."

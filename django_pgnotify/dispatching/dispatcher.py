@@ -100,7 +100,7 @@ class Dispatcher:
         for lane, batch in batches.items():
             self._put(lane, batch, size * len(batch) // len(events))
 
-    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
+    def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
         for route, lane in self._routes:
             receiver = lane.receiver
             if receiver.on_gap and receiver.every_node is not for_leader:
@@ -136,7 +136,7 @@ class Dispatcher:
         self._work_on(lane)
 
     def _put_gap(
-        self, lane: Lane, topic: str, since: datetime, until: datetime, cause: str
+        self, lane: Lane, topic: str, since: datetime | None, until: datetime, cause: str
     ) -> None:
         lane.put_gap(gap_event(topic, since=since, until=until, cause=cause, using=self._using))
         self._work_on(lane)

@@ -94,7 +94,7 @@ class Service:
             using=self._rows_alias(),
             overflowed=self._overflowed,
         )
-        self._last_gap: dict[str, str] | None = None
+        self._last_gap: dict[str, str | None] | None = None
         self._telling: set[asyncio.Future[Any]] = set()
         self._on_ready = on_ready
         self._on_lost = on_lost
@@ -106,7 +106,11 @@ class Service:
         # Listeners of different topics must not keep each other from leading.
         name = "all" if topics is None else ",".join(sorted(topics))
         self.listener = Listener(
-            using, self._intake.channels, self, leadership=name if for_leader else None
+            using,
+            self._intake.channels,
+            self,
+            leadership=name if for_leader else None,
+            gap_on_start=conf.GAP_ON_START,
         )
 
     def _rows_alias(self) -> str:
@@ -168,13 +172,13 @@ class Service:
     def notified(self, notifications: Sequence[Notification]) -> None:
         self._intake.notified(notifications)
 
-    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
+    def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
         self._note_gap(since, until, cause)
         self._intake.gap(since, until, cause, for_leader=for_leader)
 
-    def _note_gap(self, since: datetime, until: datetime, cause: str) -> None:
+    def _note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
         self._last_gap = {
-            "since": since.isoformat(),
+            "since": None if since is None else since.isoformat(),
             "until": until.isoformat(),
             "cause": cause,
         }

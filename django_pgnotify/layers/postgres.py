@@ -351,7 +351,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         if now >= self._sweep_due:
             self._sweep(now)
 
-    def _on_gap(self, since: datetime, until: datetime, cause: str) -> None:
+    def _on_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
         self.stats.add("gaps")
         logger.warning(
             "The channel layer may have missed messages from %s to %s: %s", since, until, cause

@@ -27,7 +27,7 @@ logger = logging.getLogger("django_pgnotify.listening")
 _EXIT_TIMEOUT = 5.0
 
 OnNotifications = Callable[[Sequence[Notification]], None]
-OnGap = Callable[[datetime, datetime, str], None]
+OnGap = Callable[[datetime | None, datetime, str], None]
 
 
 class Subscription:
@@ -190,7 +190,7 @@ class BackgroundListener:
             for subscription in self._subscribed(channel):
                 self._call(subscription.on_notifications, batch)
 
-    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
+    def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
         with self._lock:
             everybody = [entry for same in self._subscriptions.values() for entry in same]
         for subscription in everybody:

@@ -41,7 +41,9 @@ class Consumer(Protocol):
 
     def dispatch(self, events: Sequence[Event], size: int) -> None: ...
 
-    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None: ...
+    def gap(
+        self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool
+    ) -> None: ...
 
     def led(self, leader: bool) -> None: ...
 
@@ -85,12 +87,12 @@ class Intake:
         else:
             self._take(notifications)
 
-    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None:
+    def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
         self._stats.add("gaps")
         logger.warning(
             "%s may have missed frames from %s to %s: %s",
             "Receivers of the leader" if for_leader else "This listener",
-            since,
+            since or "the last listener's end",
             until,
             cause,
             extra={"since": since, "until": until, "cause": cause},

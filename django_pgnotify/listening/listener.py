@@ -60,7 +60,9 @@ class Sink(Protocol):
 
     def notified(self, notifications: Sequence[Notification]) -> None: ...
 
-    def gap(self, since: datetime, until: datetime, cause: str, *, for_leader: bool) -> None: ...
+    def gap(
+        self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool
+    ) -> None: ...
 
     def led(self, leader: bool) -> None: ...
 
@@ -96,6 +98,7 @@ class Listener:
         channels: wire channels wanted from the start.
         sink: what receives.
         leadership: name of the lock to compete for; None never leads.
+        gap_on_start: tell of a gap, since nobody knows when, at the first establishment too.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Listener:
         sink: Sink,
         *,
         leadership: str | None = None,
+        gap_on_start: bool = False,
     ) -> None:
         self.using = using
         self.last_error: Exception | None = None
@@ -131,6 +135,7 @@ class Listener:
                 leader_poll_interval=conf.LEADER_POLL_INTERVAL,
             ),
             wants_to_lead=leadership is not None,
+            gap_on_start=gap_on_start,
         )
         self._connection: ListenConnection | None = None
         self._server_listens: frozenset[str] | None = None
@@ -281,7 +286,10 @@ class Listener:
             case todo.Follow():
                 self._sink.led(False)
             case todo.Gap(since, until, cause, for_leader):
-                times = (self.wall_time(since), self.wall_time(until))
+                times = (
+                    None if since is None else self.wall_time(since),
+                    self.wall_time(until),
+                )
                 self._sink.gap(*times, cause, for_leader=for_leader)
                 if not for_leader:
                     # Waited for: what a handler does is done before later frames are delivered.

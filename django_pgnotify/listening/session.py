@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 from ..backoff import Backoff
 
+_STARTED = "the listener has just started"
+
 State = Literal["idle", "connecting", "listening", "proving", "established", "waiting", "stopped"]
 
 
@@ -72,10 +74,11 @@ class Gap:
     """Frames may have been missed from ``since`` to ``until`` (monotonic seconds).
 
     ``for_leader`` says whose gap it is: that of what every listener runs, or that of what only
-    the leader runs, which comes when this listener becomes the leader.
+    the leader runs, which comes when this listener becomes the leader. ``since`` is None where
+    the listener has just started, and cannot know who listened before.
     """
 
-    since: float
+    since: float | None
     until: float
     cause: str
     for_leader: bool = False
@@ -147,6 +150,7 @@ class Session:
         backoff: delays between attempts to connect; reset once a connection has been healthy.
         new_nonce: returns a text that was not used before.
         wants_to_lead: whether to compete for the leader's lock.
+        gap_on_start: whether to tell of a gap when established for the first time, too.
     """
 
     def __init__(
@@ -157,6 +161,7 @@ class Session:
         new_nonce: Callable[[], str],
         timing: Timing | None = None,
         wants_to_lead: bool = False,
+        gap_on_start: bool = False,
     ) -> None:
         self.state: State = "idle"
         self.wanted = frozenset(channels)
@@ -168,6 +173,7 @@ class Session:
         self._backoff = backoff
         self._new_nonce = new_nonce
         self._wants_to_lead = wants_to_lead
+        self._gap_on_start = gap_on_start
         self._cause = ""
         self._held: list[Any] = []
         self._nonce: str | None = None
@@ -246,6 +252,8 @@ class Session:
             if self._leaderless is not None:
                 since = min(since, self._leaderless[0])
             self._leaderless = (since, self._cause)
+        elif self._gap_on_start:
+            commands.append(Gap(None, now, _STARTED))
         if self._wants_to_lead:
             # Whoever waits for "established" may publish at once, and expect the leader to act.
             commands.append(self._try_lead(now))
@@ -299,6 +307,8 @@ class Session:
             since, cause = self._leaderless
             self._leaderless = None
             commands.append(Gap(since, now, cause, for_leader=True))
+        elif self._gap_on_start:
+            commands.append(Gap(None, now, _STARTED, for_leader=True))
         return commands
 
     def leadership_free(self, now: float) -> list[Command]:

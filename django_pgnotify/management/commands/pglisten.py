@@ -79,9 +79,7 @@ class Command(BaseCommand):
             raise CommandError(str(exc)) from exc
         folder = Path(options["health_file"] or ".").absolute().parent
         if not os.access(folder, os.W_OK):
-            raise CommandError(
-                f"--health-file: {str(folder)!r} is no folder that can be written to."
-            )
+            raise CommandError(f"--health-file: {str(folder)!r} is no folder to write to.")
         if options["check"]:
             problem = asyncio.run(probe(using))
             if problem is not None:
