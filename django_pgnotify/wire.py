@@ -31,6 +31,7 @@ VERSION = 1
 
 _FRAME_START = re.compile(r'\s*\{\s*"pgnotify"\s*:')
 _SIGNED_START = re.compile(r'\{"pgnotify":1,"sig":"([^"\\]*)",')
+_EVENT_ID = re.compile(r"[!-~]{1,64}")  # it stands in logs
 _DIGEST_SIZE = 16
 
 Sign = Callable[[str], str]
@@ -303,8 +304,8 @@ def event_from(
     event_id = get("id")
     if event_id is None:
         event_id = new_event_id()
-    elif not isinstance(event_id, str):
-        raise FrameError("an event's id is not text")
+    elif not isinstance(event_id, str) or not _EVENT_ID.fullmatch(event_id):
+        raise FrameError("an event's id is not text of 1 to 64 visible ASCII characters")
     changed = get("changed")
     if changed is not None:
         if not isinstance(changed, list) or not all(isinstance(name, str) for name in changed):

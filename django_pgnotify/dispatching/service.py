@@ -103,7 +103,8 @@ class Service:
         consumer = self.dispatcher if observe is None else _Observed(self.dispatcher, observe)
         self._intake = Intake(self.topics, self._rows_alias(), consumer, self.stats)
         for_leader = any(not route.receiver.every_node for route in self.routes)
-        # Listeners of different topics must not keep each other from leading.
+        # Listeners of different topics must not keep each other from leading. Where their topics
+        # overlap both lead: docs/explanation/leader-and-standby says not to do that.
         name = "all" if topics is None else ",".join(sorted(topics))
         self.listener = Listener(
             using,
@@ -200,7 +201,7 @@ class Service:
     async def _prune_for_ever(self) -> None:
         while True:
             await asyncio.sleep(PRUNE_INTERVAL)
-            if self.dispatcher.leader:
+            if self.role != "standby":
                 try:
                     await sync_to_async(self._prune)()
                 except DatabaseError as exc:

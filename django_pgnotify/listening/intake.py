@@ -245,6 +245,8 @@ def resolve_row(label: str, pk: Any) -> tuple[str, Any]:
     if type(pk) is plain:
         return label, pk
     try:
+        if isinstance(pk, (bool, dict)) or (isinstance(pk, (float, list)) and plain is not None):
+            raise TypeError(pk)  # to_python() would make a key of it, and so name another row
         value = convert(pk)
     except (ValidationError, TypeError, ValueError, OverflowError):
         value = None

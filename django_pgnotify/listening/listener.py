@@ -7,9 +7,10 @@ import json
 import logging
 import secrets
 import zlib
+from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psycopg
 from django.db import connections
@@ -81,6 +82,12 @@ def connection_params(using: str) -> dict[str, Any]:
     return params
 
 
+class _Acquired(NamedTuple):
+    """Stands among unread notifications where the leader's lock became ours."""
+
+    asked_at: float
+
+
 def _status_payload(status: dict[str, Any]) -> str:
     """A status as NOTIFY payload; of too many topics only the first ones are named."""
     text = json.dumps(status)
@@ -115,12 +122,15 @@ class Listener:
         self.round_trip: float | None = None
         """Seconds the last echo took."""
         self._sink = sink
-        self._leadership = leadership
         prefix = conf.CHANNEL_PREFIX
         self._echo_channel = wire_channel(f"pgnotify.echo.{secrets.token_hex(8)}", prefix)
         self._status_channel = wire_channel(STATUS_CHANNEL, prefix)
         self._reply_prefix = prefix + REPLY_PREFIX
         self._leader_channel = wire_channel(f"pgnotify.leader.{leadership}", prefix)
+        self._own_channels = frozenset(
+            {self._echo_channel, self._status_channel}
+            | ({self._leader_channel} if leadership is not None else set())
+        )
         lock = zlib.crc32(f"{prefix}:{leadership}".encode())
         self._lock_key = (str(_LOCK_CLASS), str(lock - (1 << 32) if lock >= 1 << 31 else lock))
         self._timeout = conf.HEARTBEAT_TIMEOUT
@@ -140,6 +150,7 @@ class Listener:
         self._connection: ListenConnection | None = None
         self._server_listens: frozenset[str] | None = None
         self._echo_sent = 0.0
+        self._unread: deque[Notification | _Acquired] = deque()
         self._wanted: frozenset[str] | None = None
         self._stop_requested = False
         self._opening: asyncio.Task[ListenConnection] | None = None
@@ -209,23 +220,37 @@ class Listener:
         connection = self._connection
         if connection is None:
             return
-        heard: list[Notification] = []
-        for notification in connection.take():
-            if notification.channel == self._echo_channel:
-                if heard:
-                    await self._carry_out(self.session.notified(self._now(), heard))
-                    heard = []
-                await self._echoed(notification.payload.decode(errors="replace"))
-            elif notification.channel == self._leader_channel:
-                await self._carry_out(self.session.leadership_free(self._now()))
-            elif notification.channel == self._status_channel:
-                await self._answer(notification.payload.decode(errors="replace"))
-            else:
-                heard.append(notification)
-        if heard:
-            await self._carry_out(self.session.notified(self._now(), heard))
+        self._unread.extend(connection.take())
+        while self._unread:
+            heard = self._next_frames()
+            if heard:
+                await self._carry_out(self.session.notified(self._now(), heard))
+            if self._unread:
+                await self._heed(self._unread.popleft())
         if connection.lost is not None and connection is self._connection:
             await self._fail(ConnectionLost(f"the connection broke: {first_line(connection.lost)}"))
+
+    def _next_frames(self) -> list[Notification]:
+        """Unread notifications up to the next one that is for the listener itself."""
+        heard: list[Notification] = []
+        while self._unread:
+            entry = self._unread[0]
+            if isinstance(entry, _Acquired) or entry.channel in self._own_channels:
+                break
+            heard.append(entry)
+            self._unread.popleft()
+        return heard
+
+    async def _heed(self, entry: Notification | _Acquired) -> None:
+        now = self._now()
+        if isinstance(entry, _Acquired):
+            await self._carry_out(self.session.led(now, True, asked_at=entry.asked_at))
+        elif entry.channel == self._echo_channel:
+            await self._echoed(entry.payload.decode(errors="replace"))
+        elif entry.channel == self._leader_channel:
+            await self._carry_out(self.session.leadership_free(now))
+        else:
+            await self._answer(entry.payload.decode(errors="replace"))
 
     async def _echoed(self, nonce: str) -> None:
         self.round_trip = self._now() - self._echo_sent
@@ -269,18 +294,17 @@ class Listener:
                 self._connection = await self._connect()
                 await self._do_all(self.session.connected(self._now()))
             case todo.Listen(channels):
-                own = {self._echo_channel, self._status_channel}
-                if self._leadership is not None:
-                    own.add(self._leader_channel)
-                await self._open().listen(sorted(channels | own), timeout=self._timeout)
+                await self._open().listen(
+                    sorted(channels | self._own_channels), timeout=self._timeout
+                )
                 await self._do_all(self.session.listened(self._now(), channels))
             case todo.Unlisten(channels):
                 await self._open().unlisten(sorted(channels), timeout=self._timeout)
                 await self._do_all(self.session.unlistened(self._now(), channels))
             case todo.Echo(nonce):
                 await self._echo(nonce)
-            case todo.TryLead():
-                await self._try_lead()
+            case todo.TryLead(at_once, handed_over):
+                await self._try_lead(at_once=at_once, handed_over=handed_over)
             case todo.Lead():
                 self._sink.led(True)
             case todo.Follow():
@@ -310,6 +334,7 @@ class Listener:
                 )
                 self._sink.lost(cause, retry_in)
             case todo.Close():
+                self._unread.clear()
                 if self._connection is not None:
                     self._connection.close()
                     self._connection = None
@@ -333,15 +358,18 @@ class Listener:
             raise ConnectionLost("the connection is closed")
         return self._connection
 
-    async def _try_lead(self) -> None:
+    async def _try_lead(self, *, at_once: bool, handed_over: bool) -> None:
         connection = self._open()
         asked_at = self._now()
         [(acquired,)] = await connection.execute(_TRY_LOCK, self._lock_key, timeout=self._timeout)
         silent_for: float | None = None
-        if acquired == b"t":
-            # What came in meanwhile was the old leader's.
-            await self._read()
-        else:
+        if acquired == b"t" and not at_once:
+            # In its place among the notifications: those before it were the old leader's.
+            self._unread.extend(connection.take())
+            self._unread.append(_Acquired(asked_at))
+            self.kick()
+            return
+        if acquired != b"t":
             # A leader whose network is cut cannot let go, and its backend may not notice for
             # hours. By this time it has given itself up: it had no echo within its deadline.
             limit = conf.HEARTBEAT_INTERVAL + 2 * self._timeout
@@ -360,7 +388,11 @@ class Listener:
                     )
         await self._do_all(
             self.session.led(
-                self._now(), acquired == b"t", asked_at=asked_at, silent_for=silent_for
+                self._now(),
+                acquired == b"t",
+                asked_at=asked_at,
+                silent_for=silent_for,
+                handed_over=handed_over,
             )
         )
 
@@ -387,14 +419,29 @@ class Listener:
             other.close()
 
     async def _hand_over(self) -> None:
-        """Let a standby lead from now on, not only once our connection is gone."""
-        if self.session.leader and self._connection is not None:
-            try:
-                await self._connection.execute(
-                    _UNLOCK, (*self._lock_key, self._leader_channel), timeout=self._timeout
-                )
-            except (ListenError, psycopg.Error) as exc:
-                logger.info("Leadership ends with the connection, not before it: %s", exc)
+        """Let a standby lead from now on, not only once our connection is gone.
+
+        Our last word is a notification, so that it has its place among the others: what comes
+        before it is still ours, what comes after is the next leader's.
+        """
+        connection = self._connection
+        if not self.session.leader or connection is None:
+            return
+        try:
+            await connection.execute(
+                _UNLOCK, (*self._lock_key, self._leader_channel), timeout=self._timeout
+            )
+        except (ListenError, psycopg.Error) as exc:
+            logger.info("Leadership ends with the connection, not before it: %s", exc)
+            return
+        self._unread.extend(connection.take())
+        while self._unread:
+            heard = self._next_frames()
+            await self._carry_out(self.session.notified(self._now(), heard))
+            if self._unread:
+                entry = self._unread.popleft()
+                if isinstance(entry, Notification) and entry.channel == self._leader_channel:
+                    break
 
     def wall_time(self, moment: float) -> datetime:
         """A moment of the loop's clock as the time of day, in UTC."""

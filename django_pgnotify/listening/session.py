@@ -56,7 +56,16 @@ class Echo:
 
 @dataclass(frozen=True, slots=True)
 class TryLead:
-    """Try to take the leader's advisory lock; answer with ``led``."""
+    """Try to take the leader's advisory lock; answer with ``led``.
+
+    ``handed_over`` says that the leader has just let go of it in order: what came before that in
+    the stream was handled by it, what comes after is the next one's. ``at_once`` says to lead
+    from here on; otherwise what has been received by the time of the answer is still the old
+    leader's.
+    """
+
+    at_once: bool = False
+    handed_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +265,7 @@ class Session:
             commands.append(Gap(None, now, _STARTED))
         if self._wants_to_lead:
             # Whoever waits for "established" may publish at once, and expect the leader to act.
-            commands.append(self._try_lead(now))
+            commands.append(self._try_lead(now, at_once=True))
         commands.append(Established(self.listened_to))
         if self._held:
             commands.append(Deliver(self._held))
@@ -283,6 +292,7 @@ class Session:
         *,
         asked_at: float | None = None,
         silent_for: float | None = None,
+        handed_over: bool = False,
     ) -> list[Command]:
         """The outcome of :class:`TryLead`.
 
@@ -290,6 +300,7 @@ class Session:
             asked_at: when the server was asked; default now.
             silent_for: seconds since the present leader last gave a sign of life, None where
                 that is not known.
+            handed_over: as in :class:`TryLead`.
         """
         if self.state != "established" or self.leader:
             return []
@@ -303,7 +314,9 @@ class Session:
         self.leader = True
         self._set_alarm()
         commands: list[Command] = [Lead()]
-        if self._leaderless is not None:
+        if handed_over:
+            self._leaderless = None
+        elif self._leaderless is not None:
             since, cause = self._leaderless
             self._leaderless = None
             commands.append(Gap(since, now, cause, for_leader=True))
@@ -312,9 +325,9 @@ class Session:
         return commands
 
     def leadership_free(self, now: float) -> list[Command]:
-        """The leader said that it is leaving."""
+        """The leader said, in the stream of notifications, that it has let go of the lock."""
         if self.state == "established" and self._wants_to_lead and not self.leader:
-            command = self._try_lead(now)
+            command = self._try_lead(now, at_once=True, handed_over=True)
             self._set_alarm()
             return [command]
         return []
@@ -382,9 +395,9 @@ class Session:
         self._set_alarm()
         return [Echo(self._nonce)]
 
-    def _try_lead(self, now: float) -> Command:
+    def _try_lead(self, now: float, *, at_once: bool = False, handed_over: bool = False) -> Command:
         self._next_try = now + self._timing.leader_poll_interval
-        return TryLead()
+        return TryLead(at_once, handed_over)
 
     def _change_channels(self, now: float) -> list[Command]:
         """Bring the server nearer to what is wanted, one statement at a time."""
