@@ -57,7 +57,9 @@ def _listed(check: Callable[[], Iterator[CheckMessage]]) -> Callable[..., list[C
 def check_settings() -> Iterator[CheckMessage]:
     for problem in problems():
         yield checks.Error(
-            problem, hint="docs/settings lists the settings and their types.", id="pgnotify.E003"
+            problem,
+            hint="docs/reference/settings lists the settings and their types.",
+            id="pgnotify.E003",
         )
     for problem in model_signals.configuration_errors:
         yield checks.Error(

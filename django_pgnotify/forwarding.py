@@ -52,7 +52,8 @@ def forward(
         type: the consumer's handler, as in Channels (``"order.changed"``). It is fixed here and
             never taken from an event.
         data: returns what to send instead of the event's fields; plain values only.
-        actions: only these actions.
+        actions: only these actions; with ``"gap"`` among them, groups that a gap has a name for
+            (a template without ``{pk}``, say) are told of it, too.
         layer: alias of the channel layer.
         dispatch_uid: a name of its own, as for ``receiver``.
 
@@ -62,6 +63,7 @@ def forward(
         DuplicateReceiver: this source is forwarded to this group already.
     """
     sources = check_sources(source)
+    chosen = check_actions(actions)
     check_group(group)
     if not isinstance(type, str) or not re.fullmatch(r"[a-zA-Z_][\w.]*", type) or type[0] == "_":
         raise InvalidArgument(
@@ -86,7 +88,8 @@ def forward(
             uid=dispatch_uid or f"forward:{names}->{layer}:{target}:{type}",
             func=forward_event,
             sources=sources,
-            actions=check_actions(actions),
+            actions=chosen,
+            on_gap=chosen is not None and "gap" in chosen,
             purpose={"layer": layer},
         ),
         explicit_uid=dispatch_uid is not None or isinstance(group, str),

@@ -120,7 +120,10 @@ class Dispatcher:
 
     def _put(self, lane: Lane, batch: list[Event], size: int) -> None:
         # Once one event is dropped, so is all that follows, until the gap that tells of it is in.
+        coalesced = lane.coalesced
         refused = len(batch) if lane in self._overflowing else lane.put(batch, size)
+        if lane.coalesced > coalesced:
+            self._stats.add("coalesced", lane.coalesced - coalesced)
         if refused:
             self._stats.add("dropped", refused)
             # From when the first of them was published: we may have been late to read it.
