@@ -3,6 +3,7 @@
 from .caching.invalidation import invalidates
 from .events import Event, Topic
 from .forwarding import forward
+from .listening.subscribe import subscribe
 from .publishing.model_signals import notify_changes
 from .publishing.publisher import apublish, publish
 from .publishing.quiet import no_notify
@@ -20,4 +21,5 @@ __all__ = [
     "notify_changes",
     "publish",
     "receiver",
+    "subscribe",
 ]

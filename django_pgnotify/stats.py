@@ -10,8 +10,8 @@ class Stats:
     """Named counters that any thread may raise.
 
     Names in use: ``published``, ``frames``, ``stored``, ``publish_failed`` on the publishing
-    side; ``received``, ``foreign``, ``broken``, ``handled``, ``failed``, ``retried``, ``coalesced``,
-    ``dropped``, ``gaps`` on the listening side.
+    side; ``received``, ``foreign``, ``broken``, ``handled``, ``failed``, ``retried``,
+    ``coalesced``, ``dropped``, ``gaps`` on the listening side.
     """
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from channels.layers import BaseChannelLayer
 
 from ..conf import conf
 from ..exceptions import ListenError, PgNotifyError
-from ..listening.background import Subscription, background_listener
+from ..listening.background import Subscription, background_listener, established
 from ..listening.connection import Notification
 from ..publishing.sender import check_alias
 from ..stats import Stats
@@ -272,19 +272,8 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
                 self._subscription = background_listener(self._listen_alias).subscribe(
                     self._wire, self._on_notifications, self._on_gap
                 )
-            established = self._subscription.established
-        if established.done():
-            return
-        timeout = conf.CONNECT_TIMEOUT
-        try:
-            async with asyncio.timeout(timeout):
-                # Shielded, because the future is everybody's: our timeout must not cancel it.
-                await asyncio.shield(asyncio.wrap_future(established))
-        except TimeoutError:
-            raise ListenError(
-                f"The channel layer does not hear database {self._listen_alias!r} after "
-                f"{timeout:g} s; 'manage.py pglisten --check' tells why."
-            ) from None
+            subscription = self._subscription
+        await established([subscription], conf.CONNECT_TIMEOUT)
 
     def _on_notifications(self, batch: Sequence[Notification]) -> None:
         with self._lock:

@@ -12,6 +12,7 @@ import atexit
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,6 +20,7 @@ from datetime import datetime
 from typing import Any
 
 from ..conf import conf
+from ..exceptions import ListenError
 from .connection import Notification
 from .listener import Listener
 
@@ -49,6 +51,10 @@ class Subscription:
         self.on_gap = on_gap
         self.established: Future[None] = Future()
         self._background = background
+
+    @property
+    def using(self) -> str:
+        return self._background.using
 
     @property
     def alive(self) -> bool:
@@ -207,6 +213,40 @@ class BackgroundListener:
         except Exception:
             # One subscriber's mistake must not deafen the others.
             logger.exception("A subscriber of the background listener failed")
+
+
+def wait_until_established(subscriptions: Sequence[Subscription], timeout: float) -> None:
+    """Return once every later frame of these will arrive.
+
+    Raises:
+        ListenError: that is not so within ``timeout`` seconds.
+    """
+    ends = time.monotonic() + timeout
+    for subscription in subscriptions:
+        try:
+            subscription.established.result(max(0.0, ends - time.monotonic()))
+        except TimeoutError:
+            raise _not_established(subscription, timeout) from None
+
+
+async def established(subscriptions: Sequence[Subscription], timeout: float) -> None:
+    """As :func:`wait_until_established`, for async code."""
+    for subscription in subscriptions:
+        future = subscription.established
+        if not future.done():
+            try:
+                async with asyncio.timeout(timeout):
+                    # Shielded, because it is everybody's: our timeout must not cancel it.
+                    await asyncio.shield(asyncio.wrap_future(future))
+            except TimeoutError:
+                raise _not_established(subscription, timeout) from None
+
+
+def _not_established(subscription: Subscription, timeout: float) -> ListenError:
+    return ListenError(
+        f"Database {subscription.using!r} is not heard after {timeout:g} s; "
+        f"'manage.py pglisten --check' tells why."
+    )
 
 
 _listeners: dict[str, BackgroundListener] = {}
