@@ -3,6 +3,8 @@
 # make test          import contract, ruff, mypy, and the tests with coverage
 #                    (PG=16, PG=container or PG=postgres://... for another server; ARGS='-k name')
 # make test-all      the tests on each Python, Django and PostgreSQL there is
+# make faults        break the server, the network and the listeners 200 times, account for every
+#                    event (SEED=7; FAULTS=1000; MEMORY=1: a million events through one listener)
 # make lint          the first three of make test
 # make docs          the documentation, warnings being errors
 # make clean         remove what these made
@@ -83,3 +85,13 @@ test-container: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# ---- the faults --------------------------------------------------------------------------------
+
+.PHONY: faults
+
+# SEED=... repeats a run; FAULTS=1000 makes a long one; MEMORY=1 pushes a million events instead.
+FAULTS ?= 200
+faults: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.faults.run --faults $(FAULTS) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(MEMORY),--memory) $(ARGS)

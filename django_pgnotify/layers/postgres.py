@@ -122,12 +122,15 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
                 f"Channel {channel!r} belongs to another process; receive() reads the names that "
                 f"new_channel() gave in this one."
             )
-        mailbox = self._mailbox(channel)
+        with self._lock:
+            mailbox = self._mailbox(channel)
+            mailbox.readers += 1
         try:
             message: dict[str, Any] = _unpack(await mailbox.get())
             return message
         finally:
             with self._lock:
+                mailbox.readers -= 1
                 if mailbox.abandoned and self._mailboxes.get(channel) is mailbox:
                     del self._mailboxes[channel]
 

@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,20 +68,34 @@ class Sender:
         self._jobs: queue.SimpleQueue[_Send | _Fetch | None] = queue.SimpleQueue()
         self._connection: psycopg.Connection[Any] | None = None
         self._stored = 0
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="pgnotify-layer", daemon=True)
         self._thread.start()
 
     def send(self, channel: str, payload: str) -> Future[None]:
         """NOTIFY; the future is done when PostgreSQL has it, or fails with PublishError."""
         job = _Send(Future(), channel, payload)
-        self._jobs.put(job)
+        self._put(job)
         return job.done
 
     def fetch(self, row: int) -> Future[str | None]:
         """The body of a stored message, None if it has been pruned."""
         job = _Fetch(Future(), row)
-        self._jobs.put(job)
+        self._put(job)
         return job.done
+
+    def _put(self, job: _Send | _Fetch) -> None:
+        self._jobs.put(job)
+        if self._ended:
+            self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        """Nobody works any more: whoever still waits must not wait for ever."""
+        with suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None and job.done.set_running_or_notify_cancel():
+                    job.done.set_exception(PublishError("The channel layer has been stopped."))
 
     @property
     def alive(self) -> bool:
@@ -107,6 +122,8 @@ class Sender:
             self._work(batch)
             if last:
                 break
+        self._ended = True
+        self._refuse_rest()
         if self._connection is not None:
             self._connection.close()
 

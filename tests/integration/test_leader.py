@@ -1,0 +1,273 @@
+"""One listener leads, the others stand by, and somebody always takes over."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import ExitStack
+
+import pytest
+from django.db import connections, transaction
+from pytest_django import Settings
+
+from django_pgnotify import publish, receiver
+from django_pgnotify.listening.listener import Listener
+from django_pgnotify.registry import registry
+from django_pgnotify.testing import RunningListener, running_listener
+from tests.integration.recording import (
+    Recorder,
+    Sink,
+    alias_at,
+    anotify,
+    aterminate,
+    client,
+    running,
+    terminate,
+)
+from tests.proxy import TCPProxy
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(autouse=True)
+def _quick(settings: Settings) -> None:
+    settings.PGNOTIFY_LEADER_POLL_INTERVAL = 0.1
+    settings.PGNOTIFY_RECONNECT_MAX_DELAY = 0.2
+
+
+async def test_of_two_listeners_one_leads_and_leads_before_it_says_that_it_is_established() -> None:
+    first, second = Sink(), Sink()
+    async with running(Listener("default", ["a"], first, leadership="all")):
+        await first.until("established")
+        async with running(Listener("default", ["a"], second, leadership="all")):
+            await second.until("established")
+    assert first.kinds[:2] == ["led", "established"]
+    assert first.of("led")[0] is True
+    assert second.of("led") == []
+
+
+async def test_a_leader_that_stops_hands_over_at_once(settings: Settings) -> None:
+    settings.PGNOTIFY_LEADER_POLL_INTERVAL = 3600  # only the leader's word can be the reason
+    first, second = Sink(), Sink()
+    leader = Listener("default", ["a"], first, leadership="all")
+    async with running(leader) as task:
+        await first.until("established")
+        async with running(Listener("default", ["a"], second, leadership="all")):
+            await second.until("established")
+            assert second.of("led") == []
+            leader.stop()
+            await second.until("led")
+            assert second.of("led") == [True]
+            await task
+
+
+@pytest.mark.parametrize("how", ["terminated", "closed"])
+async def test_a_standby_takes_over_with_a_gap_when_the_leader_is_gone(
+    how: str, proxy: TCPProxy
+) -> None:
+    first, second = Sink(), Sink()
+    with alias_at("proxied", HOST=proxy.host, PORT=str(proxy.port)) as alias:
+        leader = Listener(alias, ["a"], first, leadership="all")
+        standby = Listener("default", ["a"], second, leadership="all")
+        async with client() as other, running(leader):
+            await first.until("led")
+            async with running(standby):
+                await second.until("established")
+                if how == "terminated":
+                    connections.settings[alias]["PORT"] = "1"  # it must not be first to return
+                    await aterminate(other, leader.backend_pid)
+                else:
+                    await asyncio.to_thread(proxy.close)
+                await second.until("leader's gap")
+                await first.until("led", 2)
+                await anotify(other, "a", "later")
+                await second.until("heard")
+                # It comes back as a standby, and hears again what every listener hears.
+                connections.settings[alias]["PORT"] = str(proxy.port)
+                await asyncio.to_thread(proxy.open)
+                await first.until("established", 2)
+                assert first.of("led") == [True, False]
+                assert "gap" in first.kinds
+                assert second.kinds == ["established", "led", "leader's gap", "heard"]
+    [(since, until, cause)] = second.of("leader's gap")
+    assert since < until
+    assert cause
+
+
+async def test_a_leader_that_reconnects_without_a_rival_leads_again_with_both_gaps() -> None:
+    sink = Sink()
+    listener = Listener("default", ["a"], sink, leadership="all")
+    async with client() as other, running(listener):
+        await sink.until("established")
+        await aterminate(other, listener.backend_pid)
+        await sink.until("established", 2)
+        await anotify(other, "a", "later")
+        await sink.until("heard")
+    # The last one is said at the end.
+    assert sink.kinds == [
+        "led", "established", "led", "lost", "gap", "led", "leader's gap", "established", "heard",
+        "led",
+    ]  # fmt: skip
+    assert sink.of("led") == [True, False, True, False]
+    assert sink.of("gap") == sink.of("leader's gap") or (
+        sink.of("gap")[0][2] == sink.of("leader's gap")[0][2]
+    )
+
+
+async def test_listeners_of_different_names_and_prefixes_all_lead(settings: Settings) -> None:
+    sinks = [Sink(), Sink(), Sink()]
+    listeners = [
+        Listener("default", ["a"], sinks[0], leadership="a"),
+        Listener("default", ["b"], sinks[1], leadership="b"),
+    ]
+    settings.PGNOTIFY_CHANNEL_PREFIX = "green."
+    listeners.append(Listener("default", ["a"], sinks[2], leadership="a"))
+    async with running(listeners[0]), running(listeners[1]), running(listeners[2]):
+        for sink in sinks:
+            await sink.until("led")
+    assert all(sink.of("led")[0] for sink in sinks)
+
+
+async def test_a_listener_without_leadership_never_leads() -> None:
+    sink, other_sink = Sink(), Sink()
+    async with running(Listener("default", ["a"], sink)):
+        await sink.until("established")
+        async with running(Listener("default", ["a"], other_sink, leadership="all")):
+            await other_sink.until("led")
+    assert "led" not in sink.kinds
+
+
+# -- with receivers ------------------------------------------------------------------------------
+
+
+def is_leader(listener: RunningListener) -> bool:
+    assert listener.service is not None
+    return listener.service.dispatcher.leader
+
+
+def test_one_of_two_listeners_runs_a_receiver_and_both_run_one_for_every_node() -> None:
+    one, every = Recorder(), Recorder()
+    with registry.isolated(), ExitStack() as stack:
+        receiver("jobs", dispatch_uid="one")(one)
+        receiver("jobs", every_node=True, dispatch_uid="every")(every)
+        listeners = [stack.enter_context(running_listener()) for _ in range(3)]
+        assert [is_leader(listener) for listener in listeners] == [True, False, False]
+        with transaction.atomic():
+            for number in range(100):
+                publish("jobs", number)
+        for listener in listeners:
+            listener.wait_for(100)
+    assert one.data == list(range(100))
+    assert sorted(every.data) == sorted(list(range(100)) * 3)
+
+
+def test_the_roles_are_named() -> None:
+    with registry.isolated(), ExitStack() as stack:
+        receiver("jobs", dispatch_uid="one")(Recorder())
+        receiver("news", every_node=True, dispatch_uid="every")(Recorder())
+        leader = stack.enter_context(running_listener())
+        standby = stack.enter_context(running_listener())
+        every = stack.enter_context(running_listener(["news"]))
+        roles = [each.service.role for each in (leader, standby, every) if each.service]
+    assert roles == ["leader", "standby", "every node"]
+
+
+def test_a_hand_over_in_order_runs_every_event_once_and_needs_no_gap() -> None:
+    one, every = Recorder(), Recorder()
+    with registry.isolated(), ExitStack() as stack:
+        receiver("jobs", on_gap=True, dispatch_uid="one")(one)
+        receiver("jobs", on_gap=True, every_node=True, dispatch_uid="every")(every)
+        leader_stack = stack.enter_context(ExitStack())
+        leader = leader_stack.enter_context(running_listener())
+        standby = stack.enter_context(running_listener())
+        assert (is_leader(leader), is_leader(standby)) == (True, False)
+        publish("jobs", 0)
+        one.wait_for(1)
+        leaving = threading.Thread(target=leader_stack.close)
+        leaving.start()
+        number = 0
+        # Without a pause, until well after the change.
+        while leaving.is_alive() or not is_leader(standby) or number < 200:
+            number += 1
+            publish("jobs", number)
+            assert number < 50_000
+        leaving.join()
+        one.wait_for(number + 1)
+        standby.settle()
+    assert sorted(one.data) == list(range(number + 1))
+    assert "gap" not in {event.action for event in [*one.events, *every.events]}
+
+
+def test_receivers_of_the_leader_hear_of_the_gap_when_it_was_cut_off(settings: Settings) -> None:
+    one, every = Recorder(), Recorder()
+    settings.PGNOTIFY_RECONNECT_MAX_DELAY = 3.0
+    with registry.isolated(), ExitStack() as stack:
+        receiver("jobs", on_gap=True, dispatch_uid="one")(one)
+        receiver("jobs", on_gap=True, every_node=True, dispatch_uid="every")(every)
+        leader = stack.enter_context(running_listener())
+        stack.enter_context(running_listener())
+        terminate(leader.backend_pid)
+        one.wait_until(lambda events: any(event.action == "gap" for event in events))
+        leader.wait_until_ready(2)
+        publish("jobs", "later")
+        one.wait_for(2)
+        every.wait_for(3)
+    # Whoever heard everything all the time has missed nothing: one gap, of the one cut off.
+    assert [event.action for event in one.events] == ["gap", "published"]
+    assert sorted(event.action for event in every.events) == ["gap", "published", "published"]
+
+
+def test_listeners_of_different_topics_do_not_keep_each_other_from_leading() -> None:
+    a, b = Recorder(), Recorder()
+    with registry.isolated(), ExitStack() as stack:
+        receiver("a")(a)
+        receiver("b")(b)
+        of_a = stack.enter_context(running_listener(["a"]))
+        of_b = stack.enter_context(running_listener(["b"]))
+        assert is_leader(of_a)
+        assert is_leader(of_b)
+        publish("a", 1)
+        publish("b", 2)
+        a.wait_for(1)
+        b.wait_for(1)
+    assert (a.data, b.data) == ([1], [2])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(None, ["a"]), (["a"], None), (["a", "b"], ["b", "a"]), (["a", "b"], ["a"])],
+)
+def test_listeners_whose_topics_overlap_run_a_receiver_once(
+    first: list[str] | None, second: list[str] | None
+) -> None:
+    heard = Recorder()
+    with registry.isolated(), ExitStack() as stack:
+        receiver("a")(heard)
+        listeners = [stack.enter_context(running_listener(topics)) for topics in (first, second)]
+        publish("a", 1)
+        for listener in listeners:
+            listener.wait_for(1)
+    assert heard.data == [1]
+
+
+def test_nothing_is_run_twice_or_lost_without_a_gap_while_leaders_come_and_go() -> None:
+    """Each event is handled once, or lies before a gap that was told."""
+    heard = Recorder()
+    with registry.isolated(), ExitStack() as stack:
+        receiver("jobs", on_gap=True)(heard)
+        listeners = [stack.enter_context(running_listener()) for _ in range(2)]
+        number = 0
+        for _ in range(6):
+            gaps = sum(event.action == "gap" for event in heard.events)
+            leader = next(each for each in listeners if is_leader(each))
+            for _ in range(20):
+                publish("jobs", number)
+                number += 1
+            terminate(leader.backend_pid)
+            heard.wait_until(
+                lambda events, gaps=gaps: sum(e.action == "gap" for e in events) > gaps  # type: ignore[misc]
+            )
+        publish("jobs", "end")
+        heard.wait_until(lambda events: events[-1].data == "end")
+    numbers = [event.data for event in heard.events if event.action != "gap"]
+    assert len(numbers) == len(set(numbers))
