@@ -28,10 +28,7 @@ def check_topic(name: object) -> str:
             cannot carry in an identifier (NUL, a lone surrogate).
     """
     if not isinstance(name, str):
-        raise InvalidTopic(
-            f"A topic is a non-empty string, a Topic or a model class; got {name!r} "
-            f"({type(name).__name__})."
-        )
+        raise InvalidTopic(f"A topic is a non-empty string; got {name!r} ({type(name).__name__}).")
     if not name.strip():
         raise InvalidTopic(f"A topic is a non-empty string; got {name!r}.")
     if "\x00" in name:

@@ -145,7 +145,7 @@ def _groups_of(group: Group, event: Event) -> list[str]:
     if isinstance(group, str):
         return [_bounded(fill(group, fields_of(event), escape=_safe))]
     names = group(event)
-    if names is None:
+    if not names:
         return []
     return [names] if isinstance(names, str) else list(names)
 

@@ -49,14 +49,14 @@ def loads(text: str) -> Any:
     """Decode JSON text.
 
     Raises:
-        NestedTooDeeply: it has more than ``MAX_DEPTH`` levels; Python's own limit differs from
-            version to version.
+        NestedTooDeeply: it has more than ``MAX_DEPTH`` levels, and the three of a frame around
+            them; Python's own limit differs from version to version.
         ValueError: it is not JSON, NaN and numbers of thousands of digits included. The error
             never holds the text; JSONDecodeError would, in its ``doc``.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-        if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH + 3):
             raise RecursionError
         return value
     except RecursionError:

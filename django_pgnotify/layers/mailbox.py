@@ -17,7 +17,7 @@ class Mailbox:
 
     def __init__(self, capacity: int) -> None:
         self.readers = 0
-        """How many are in, or on their way into, :meth:`get`; kept by the layer."""
+        """How many are on their way into :meth:`get`; kept by the layer."""
         self._capacity = capacity
         self._lock = threading.Lock()
         self._messages: deque[tuple[float, bytes]] = deque()
@@ -69,7 +69,7 @@ class Mailbox:
     def abandoned(self) -> bool:
         """Whether nothing waits here, neither messages nor readers."""
         with self._lock:
-            return not self._messages and not self.readers
+            return not (self._messages or self._waiters or self.readers)
 
     def _wake_one(self) -> None:
         while self._waiters:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import psycopg
@@ -188,13 +189,19 @@ class ListenConnection:
             self._pgconn.consume_input()
             if self._answer is not None and not self._answer.done():
                 self._collect_results()
-            while (notify := self._pgconn.notifies()) is not None:
-                channel = notify.relname.decode(errors="replace")
-                self._inbox.append(Notification(channel, notify.extra, notify.be_pid))
+            self._collect_notifications()
         except psycopg.Error as exc:
+            # What came just before the end has been read, and counts.
+            with suppress(psycopg.Error):
+                self._collect_notifications()
             self._lose(exc)
         if self._inbox or self.lost is not None:
             self._on_input()
+
+    def _collect_notifications(self) -> None:
+        while (notify := self._pgconn.notifies()) is not None:
+            channel = notify.relname.decode(errors="replace")
+            self._inbox.append(Notification(channel, notify.extra, notify.be_pid))
 
     def _collect_results(self) -> None:
         answer = self._answer

@@ -1,23 +1,23 @@
 """The commit buffer: events wait for COMMIT, vanish with their savepoint, and leave together.
 
 Django keeps one list of commit hooks per connection, each with the savepoints it belongs to, and
-drops a hook when one of its savepoints rolls back. The buffer adds two hooks per run of events:
+drops a hook when one of its savepoints rolls back. The buffer has its hooks at the head of it:
 
-``release``
-    belongs to the savepoints that are open now, so it disappears with them; when it runs, its
-    events are cleared to leave.
-``flush``
-    belongs to no savepoint, so only a full rollback removes it. The last of them in a transaction
-    sends everything that was released.
+``release``, one for each run of events published under the same savepoints
+    belongs to those savepoints, so it disappears with them; when it runs, its events are cleared
+    to leave.
+``flush``, one behind all of them
+    belongs to no savepoint, so only a full rollback removes it. It sends what was released.
 
-That is why a thousand nested atomic blocks still leave in a handful of statements, in order. Which
+That is why a thousand nested atomic blocks still leave in a handful of statements, in order, and
+before a commit hook of somebody else can fail and have Django drop the hooks behind it. Which
 hooks are pending is read off Django's list each time: a copy of our own could miss a rollback.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import cast
@@ -52,29 +52,48 @@ class CommitBuffer:
         self._send = send
         self._failed = failed
         self._released: list[tuple[str, Outgoing]] = []
+        self._place = 0
 
     def add(self, event: Outgoing, using: str) -> None:
         """Send ``event`` on alias ``using`` after the commit; at once outside a transaction."""
         if not self.connection.in_atomic_block:
-            # A commit hook that publishes must not overtake what the transaction published.
             self._released.append((using, event))
-            self.send_released()
+            self.flush()
             return
         savepoints = tuple(self.connection.savepoint_ids)
-        latest = next(_runs(self.connection), None)
-        if latest is not None and latest.is_open_for(savepoints):
-            latest.events.append((using, event))
-            return
+        hooks = _hooks(self.connection)
         run = _Run(self, savepoints, (using, event))
-        if latest is not None:
-            latest.is_last = False
-        self.connection.on_commit(run.release, robust=True)
-        _hooks(self.connection).append((set(), run.flush, True))
+        release: _Hook = (set(savepoints), run.release, True)
+        flush: _Hook = (set(), self.flush, True)
+        if _in_testcase(self.connection):
+            # captureOnCommitCallbacks() looks at hooks that were added at the end.
+            hooks += [release, flush]
+            return
+        place = self._own_hooks(hooks)
+        if place == 0:
+            hooks[:0] = [release, flush]
+            self._place = 2
+            return
+        latest = getattr(hooks[place - 2][1], "__self__", None) if place > 1 else None
+        if isinstance(latest, _Run) and latest.savepoints == savepoints:
+            latest.events.append((using, event))
+        else:
+            hooks.insert(place - 1, release)
+            self._place = place + 1
+
+    def _own_hooks(self, hooks: list[_Hook]) -> int:
+        """How many hooks at the head of the list are ours; the last of them is ``flush``."""
+        place = self._place
+        if not (0 < place <= len(hooks) and hooks[place - 1][1] == self.flush):
+            # Another transaction, or a savepoint took some of them with it.
+            flushes = (n for n, hook in enumerate(hooks, 1) if hook[1] == self.flush)
+            self._place = place = next(flushes, 0)
+        return place
 
     def release(self, events: list[tuple[str, Outgoing]]) -> None:
         self._released += events
 
-    def send_released(self) -> None:
+    def flush(self) -> None:
         """Send what has been released, alias by alias; never raises."""
         released, self._released = self._released, []
         for using, pairs in groupby(released, itemgetter(0)):
@@ -86,7 +105,7 @@ class CommitBuffer:
 
 
 class _Run:
-    """Events published one after the other under the same savepoints, and their two hooks."""
+    """Events published one after the other under the same savepoints."""
 
     def __init__(
         self, buffer: CommitBuffer, savepoints: tuple[str | None, ...], first: tuple[str, Outgoing]
@@ -94,31 +113,9 @@ class _Run:
         self.buffer = buffer
         self.savepoints = savepoints
         self.events = [first]
-        self.is_last = True
-
-    def is_open_for(self, savepoints: tuple[str | None, ...]) -> bool:
-        connection = self.buffer.connection
-        return (
-            savepoints == self.savepoints
-            # Anything registered since must run after these events and before the next.
-            and _hooks(connection)[-1][1] == self.flush
-            # captureOnCommitCallbacks() sees only hooks that were added inside it.
-            and not _in_testcase(connection)
-        )
 
     def release(self) -> None:
         self.buffer.release(self.events)
-
-    def flush(self) -> None:
-        if self.is_last:
-            self.buffer.send_released()
-
-
-def _runs(connection: BaseDatabaseWrapper) -> Iterator[_Run]:
-    """The runs pending on a connection, latest first, those of rolled-back savepoints included."""
-    for _, hook, _ in reversed(_hooks(connection)):
-        if getattr(hook, "__func__", None) is _Run.flush:
-            yield hook.__self__  # type: ignore[attr-defined]
 
 
 def pending(connection: BaseDatabaseWrapper) -> list[tuple[str, Outgoing]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import decimal
+import functools
 import uuid
 from collections.abc import Collection
 from typing import Any
@@ -42,7 +43,7 @@ def check_fields(model: type[Model], names: object) -> tuple[str, ...]:
         raise InvalidFields(f"fields= takes a list of field names, got {names!r}.")
     valid = _concrete_fields(model)
     for name in names:
-        if name not in valid:
+        if not isinstance(name, str) or name not in valid:
             raise InvalidFields(
                 f"fields= of {model._meta.label} names {name!r}, which is no concrete field of it; "
                 f"choose from {', '.join(field.name for field in model._meta.concrete_fields)}."
@@ -67,12 +68,28 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (int, str)) else to_plain(value)
 
 
-def plain_values(model: type[Model], instance: Model, names: Collection[str]) -> dict[str, Any]:
-    """Values of the named fields as JSON values; an expression, not yet a value, is left out."""
+def plain_values(
+    model: type[Model],
+    instance: Model,
+    names: Collection[str],
+    update_fields: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Values of the named fields as JSON values.
+
+    Left out is what the row may not have: an expression, which is no value yet, and a value that
+    was assigned and not among ``update_fields``.
+    """
     fields = _concrete_fields(model)
+    before = _loaded(model, instance)
     values = {}
     for name in names:
         field = fields[name]
+        in_row = _is_written(field, update_fields) or (
+            before.get(name, _UNKNOWN) is not _UNKNOWN
+            and before[name] == _snapshot(field, instance)
+        )
+        if not in_row:
+            continue
         value = instance.__dict__.get(field.attname, _UNKNOWN)
         if value is _UNKNOWN or hasattr(value, "resolve_expression"):
             continue
@@ -86,11 +103,53 @@ def plain_values(model: type[Model], instance: Model, names: Collection[str]) ->
     return values
 
 
-def remember(model: type[Model], instance: Model, names: Collection[str]) -> None:
-    """Note the named values as the ones the database has."""
+def remember(
+    model: type[Model],
+    instance: Model,
+    names: Collection[str],
+    written: Collection[str] | None = None,
+    *,
+    may_roll_back: bool = False,
+) -> None:
+    """Note the named values as the ones the database has.
+
+    Args:
+        written: only these were read or written; None for all of them.
+        may_roll_back: a value that differs from the one before is then not known any more.
+    """
     fields = _concrete_fields(model)
-    loaded = vars(instance._state).setdefault(_LOADED, {})
-    loaded[model] = {name: _snapshot(fields[name], instance) for name in names}
+    loaded = _loaded(model, instance)
+    for name in names:
+        if _is_written(fields[name], written):
+            value = _snapshot(fields[name], instance)
+            if may_roll_back and (name not in loaded or loaded[name] != value):
+                value = _UNKNOWN
+            loaded[name] = value
+
+
+def _loaded(model: type[Model], instance: Model) -> dict[str, Any]:
+    everything: dict[type[Model], dict[str, Any]]
+    everything = vars(instance._state).setdefault(_LOADED, {})
+    return everything.setdefault(model, {})
+
+
+def _is_written(field: Field[Any, Any], written: Collection[str] | None) -> bool:
+    return written is None or field.name in written or field.attname in written
+
+
+def watch_refresh(sender: type[Model], model: type[Model], names: Collection[str]) -> None:
+    """Have ``refresh_from_db()`` of ``sender``, which sends no signal, note what it has read."""
+    refresh = sender.refresh_from_db
+
+    @functools.wraps(refresh)
+    def refresh_from_db(
+        self: Model, using: str | None = None, fields: Any = None, **kwargs: Any
+    ) -> None:
+        fields = None if fields is None else list(fields)
+        refresh(self, using, fields, **kwargs)
+        remember(model, self, names, fields)
+
+    sender.refresh_from_db = refresh_from_db  # type: ignore[method-assign, assignment]
 
 
 def _snapshot(field: Field[Any, Any], instance: Model) -> Any:
@@ -123,11 +182,11 @@ def changed_names(
         if update_fields is None:
             return None
         return tuple(sorted({fields[name].name for name in update_fields if name in fields}))
-    before = vars(instance._state).get(_LOADED, {}).get(model, {})
+    before = _loaded(model, instance)
     changed = []
     for name in names:
         field = fields[name]
-        if update_fields is not None and not {field.name, field.attname} & set(update_fields):
+        if not _is_written(field, update_fields):
             continue
         was, now = before.get(name, _UNKNOWN), _snapshot(field, instance)
         if was is _UNKNOWN or now is _UNKNOWN:

@@ -37,7 +37,8 @@ _CLEARED = "pgnotify_cleared"
 
 _abstract: dict[type[Model], dict[str, Any]] = {}
 _inherited: set[str] = set()
-_unsupported: set[str] = set()
+_unsupported: set[tuple[str, str]] = set()
+_watched: set[tuple[type[Model], str]] = set()
 configuration_errors: list[str] = []
 """What is wrong with PGNOTIFY_MODELS, for the system check."""
 
@@ -145,8 +146,10 @@ def _connect(sender: type[Model], publication: Publication) -> None:
     post_save.connect(_saved, sender=sender, dispatch_uid=_UID)
     if sender._meta.concrete_model is publication.model:
         post_delete.connect(_deleted, sender=sender, dispatch_uid=_UID)
-    if publication.fields:
+    if publication.fields and (sender, publication.label) not in _watched:
+        _watched.add((sender, publication.label))
         post_init.connect(_loaded, sender=sender, dispatch_uid=_UID)
+        changes.watch_refresh(sender, publication.model, publication.fields)
     for field in publication.model._meta.local_many_to_many:
         # A through model named by a string may not be loaded yet.
         lazy_related_operation(_connect_through, publication.model, field.remote_field.through)
@@ -222,10 +225,12 @@ def _saved(
             if update_fields is not None and own.isdisjoint(update_fields):
                 continue  # only a child's table was written
             changed = changes.changed_names(model, instance, names, update_fields)
-        if names:
-            changes.remember(model, instance, names)
         if not raw or conf.PUBLISH_RAW:
-            _emit(publication, "created" if created else "updated", instance, using, changed)
+            action: Action = "created" if created else "updated"
+            _emit(publication, action, instance, using, changed, update_fields)
+        if names:
+            in_transaction = connections[using].in_atomic_block
+            changes.remember(model, instance, names, update_fields, may_roll_back=in_transaction)
 
 
 def _deleted(sender: type[Model], instance: Model, using: str, **kwargs: Any) -> None:
@@ -253,7 +258,7 @@ def _m2m_changed(
                 continue
             if not reverse:
                 if when == "post" and (pk_set or operation == "clear"):
-                    related = sorted(map(changes.plain, pk_set or ()), key=str)
+                    related = _in_order(map(changes.plain, pk_set or ()))
                     _emit_m2m(publication, field.name, operation, instance.pk, related, using)
                 continue
             if operation == "clear":
@@ -266,9 +271,17 @@ def _m2m_changed(
                 else:
                     pk_set = cleared.pop(sender, set())
             if when == "post":
-                for pk in sorted(pk_set or (), key=str):
+                for pk in _in_order(pk_set or ()):
                     related = [changes.plain(instance.pk)]
                     _emit_m2m(publication, field.name, operation, pk, related, using)
+
+
+def _in_order(keys: Iterable[Any]) -> list[Any]:
+    keys = list(keys)
+    try:
+        return sorted(keys)
+    except TypeError:
+        return sorted(keys, key=str)
 
 
 def _emit_m2m(
@@ -284,13 +297,18 @@ def _emit(
     instance: Model,
     using: str,
     changed: tuple[str, ...] | None = None,
+    written: frozenset[str] | None = None,
 ) -> None:
     try:
         pk = changes.plain_pk(publication.model, instance)
-        data = changes.plain_values(publication.model, instance, publication.fields)
     except Exception as exc:  # noqa: BLE001 - reported; a save must not fail for its event
         _report(publication, exc)
         return
+    try:
+        data = changes.plain_values(publication.model, instance, publication.fields, written)
+    except Exception as exc:  # noqa: BLE001 - reported, and the event goes without its values
+        _report(publication, exc)
+        data = {}
     _publish(publication, action, pk, data, changed, using)
 
 
@@ -316,8 +334,9 @@ def _publish(
             _report(publication, exc)
             _, event = encode(publication.topic, action, data={}, **about)
     except UnsupportedDatabase as exc:
-        if using not in _unsupported:
-            _unsupported.add(using)
+        place = (publication.label, publication.using or using)
+        if place not in _unsupported:
+            _unsupported.add(place)
             _report(publication, exc)
         return
     except Exception as exc:  # noqa: BLE001 - reported; a save must not fail for its event

@@ -63,7 +63,7 @@ def publish(
     if key is not None and (not isinstance(key, str) or not key):
         raise InvalidArgument(f"key= takes a non-empty string; got {key!r}.")
     tier = conf.DELIVERY if delivery is None else check_delivery(delivery)
-    alias = check_alias(using or conf.DATABASE)
+    alias = check_alias(conf.DATABASE if using is None else using)
     event_id, event = encode(name, "published", data=data, key=key)
     deliver(event, tier, connections[alias], alias)
     return event_id

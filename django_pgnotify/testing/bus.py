@@ -18,10 +18,11 @@ from django.db import connections
 from .. import signals
 from ..dispatching.service import routes_of
 from ..events import Event, check_topic
+from ..listening.intake import resolve_row
 from ..publishing.buffer import pending
 from ..publishing.sender import transport_in_use
 from ..registry import Receiver, accepts, registry
-from ..wire import Outgoing, decode_frame, foreign_event, gap_event
+from ..wire import Outgoing, decode_frame, event_from, foreign_event, gap_event
 from .capture import to_event
 
 logger = logging.getLogger("django_pgnotify.dispatching")
@@ -40,17 +41,21 @@ class InMemoryBus:
     call :meth:`deliver` where the commit would be, or use ``captureOnCommitCallbacks``.
 
     Args:
-        raise_errors: let the exception of a receiver through to the test (default), instead of
-            logging it and sending ``receiver_failed`` as a listener does.
+        raise_errors: let the first exception of a receiver through to the test (default), from
+            :meth:`deliver` or the end of the block; otherwise it is logged and sent to
+            ``receiver_failed``, as a listener does.
     """
 
     def __init__(self, *, raise_errors: bool = True) -> None:
         self.events: list[Event] = []
         self._raise_errors = raise_errors
         self._delivered: set[str] = set()
+        self._error: Exception | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
+        for connection in connections.all(initialized_only=True):
+            self._delivered |= {event.body for _, event in pending(connection)}
         self._stack.enter_context(transport_in_use(self))
         return self
 
@@ -61,13 +66,24 @@ class InMemoryBus:
         traceback: TracebackType | None,
     ) -> None:
         self._stack.close()
+        if exc is None:
+            self._raise_error()
 
     def send(self, events: Sequence[Outgoing], using: str) -> None:
         """The transport's side: called by ``publish()`` and by the commit buffer."""
         for outgoing in events:
             if outgoing.body not in self._delivered:
                 self._delivered.add(outgoing.body)
-                self._dispatch(to_event(outgoing))
+                try:
+                    self._dispatch(to_event(outgoing))
+                except Exception as exc:  # noqa: BLE001 - kept for the test
+                    # Raised from here, the commit buffer would log it and go on.
+                    self._error = self._error or exc
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def deliver(self) -> int:
         """Deliver what waits for the commit of this thread's transactions; returns how many."""
@@ -75,19 +91,26 @@ class InMemoryBus:
         for connection in connections.all(initialized_only=True):
             for using, event in pending(connection):
                 self.send([event], using)
+        self._raise_error()
         return len(self.events) - before
 
     def notify(self, topic: str, payload: Any = "") -> None:
-        """As if another program had sent ``NOTIFY topic, 'payload'``; other values go as JSON."""
+        """As if another program had sent ``NOTIFY topic, 'payload'``; other values go as JSON.
+
+        Raises:
+            FrameError: the payload begins as a frame of ours and is none.
+        """
         text = payload if isinstance(payload, str) else json.dumps(payload)
         frame = decode_frame(text)
+        source, now = frame.source or "backend:0", datetime.now(UTC)
+        check_topic(topic)
         for value in frame.events:
-            event = foreign_event(
-                value,
-                topic=check_topic(topic),
-                source="backend:0",
-                received_at=datetime.now(UTC),
-            )
+            if frame.foreign:
+                event = foreign_event(value, topic=topic, source=source, received_at=now)
+            else:
+                event = event_from(
+                    value, topic=topic, source=source, received_at=now, resolve=resolve_row
+                )
             self._dispatch(event)
 
     def gap(self, cause: str = "a test says so", topics: Iterable[str] | None = None) -> None:
@@ -111,10 +134,7 @@ class InMemoryBus:
 
     def _call(self, receiver: Receiver, event: Event) -> None:
         try:
-            if receiver.is_async:
-                _run_async(receiver, event)
-            else:
-                receiver.func(event)
+            _run(receiver, event)
         except Exception as exc:
             if self._raise_errors:
                 raise
@@ -124,12 +144,14 @@ class InMemoryBus:
             )
 
 
-def _run_async(receiver: Receiver, event: Event) -> None:
-    """Run an async receiver to its end, in a thread where this one has a running loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        async_to_sync(receiver.func)(event)
-    else:
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(async_to_sync(receiver.func), event).result()
+def _run(receiver: Receiver, event: Event) -> None:
+    """Run a receiver to its end, in a thread of its own where this one has a running loop."""
+    func = async_to_sync(receiver.func) if receiver.is_async else receiver.func
+    if asyncio._get_running_loop() is None:
+        func(event)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(func, event).result()
+        finally:
+            thread.submit(connections.close_all).result()

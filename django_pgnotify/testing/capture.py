@@ -38,6 +38,7 @@ class CapturedEvents(Sequence[Event]):
 
     def __init__(self) -> None:
         self._sent: list[Outgoing] = []
+        self._atomic: list[_Atomic] = []
         self._before = {event.body for event in self._pending()}
         self._final: list[Event] | None = None
 
@@ -46,8 +47,11 @@ class CapturedEvents(Sequence[Event]):
         open_connections = connections.all(initialized_only=True)
         return [event for connection in open_connections for _, event in pending(connection)]
 
-    def record(self, events: Sequence[Outgoing]) -> None:
-        self._sent += events
+    def record(self, events: Sequence[Outgoing], using: str) -> None:
+        if connections[using].in_atomic_block:
+            self._atomic.append(_Atomic(events, using))
+        else:
+            self._sent += events
 
     def finish(self) -> None:
         self._final = self._events()
@@ -56,7 +60,8 @@ class CapturedEvents(Sequence[Event]):
         if self._final is not None:
             return self._final
         # Bodies carry the id, so an event that was pending and has been sent counts once.
-        found = {event.body: event for event in [*self._sent, *self._pending()]}
+        atomic = [event for sent in self._atomic if sent.stands for event in sent.events]
+        found = {event.body: event for event in [*self._sent, *atomic, *self._pending()]}
         events = [to_event(event) for body, event in found.items() if body not in self._before]
         return sorted(events, key=lambda event: int(event.id.rpartition("-")[2], 16))
 
@@ -74,14 +79,33 @@ class CapturedEvents(Sequence[Event]):
         return f"CapturedEvents({self._events()!r})"
 
 
+class _Atomic:
+    """Events sent inside a transaction: PostgreSQL forgets them if their savepoint rolls back."""
+
+    def __init__(self, events: Sequence[Outgoing], using: str) -> None:
+        self.events = list(events)
+        self._connection = connections[using]
+        self._committed = False
+        self._connection.on_commit(self.commit, robust=True)
+
+    def commit(self) -> None:
+        self._committed = True
+
+    @property
+    def stands(self) -> bool:
+        return self._committed or any(
+            hook[1] == self.commit for hook in self._connection.run_on_commit
+        )
+
+
 class _Recorder:
     def __init__(self, captured: CapturedEvents, transport: Transport) -> None:
         self._captured = captured
         self._transport = transport
 
     def send(self, events: Sequence[Outgoing], using: str) -> None:
-        self._captured.record(events)
         self._transport.send(events, using)
+        self._captured.record(events, using)
 
 
 @contextmanager

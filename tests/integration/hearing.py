@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -139,6 +139,11 @@ class Statements:
 def statements(using: str = "default") -> Iterator[Statements]:
     with CaptureQueriesContext(connections[using]) as captured:
         yield Statements(captured)
+
+
+def before_anything_else(hook: Callable[[], object], using: str = "default") -> None:
+    """Have ``hook`` run right after the commit, ahead even of the hooks of the commit buffer."""
+    connections[using].run_on_commit.insert(0, (set(), hook, True))  # type: ignore[arg-type]
 
 
 def terminate_own_backend(using: str = "default") -> None:

@@ -35,7 +35,13 @@ from django_pgnotify.exceptions import (
 from django_pgnotify.publishing.sender import NotifyTransport
 from django_pgnotify.stats import publishing_stats
 from django_pgnotify.wire import FramePacker, Outgoing, wire_channel
-from tests.integration.hearing import Ear, hearing, statements, terminate_own_backend
+from tests.integration.hearing import (
+    Ear,
+    before_anything_else,
+    hearing,
+    statements,
+    terminate_own_backend,
+)
 from tests.testapp.models import Order
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -450,9 +456,9 @@ def test_a_notify_that_fails_after_the_commit_is_logged_and_counted_and_not_rais
             transaction.atomic(),
         ):
             order = Order.objects.create(status="paid")
-            transaction.on_commit(terminate_own_backend)
             publish("jobs", "s3cret-payload", key="k")
             publish("others", 2)
+            before_anything_else(terminate_own_backend)
     finally:
         connection.close()
     assert publishing_stats["publish_failed"] == failed + 3  # the order's event too
