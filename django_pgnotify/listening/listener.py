@@ -6,11 +6,10 @@ import asyncio
 import json
 import logging
 import secrets
-import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import psycopg
 from django.db import connections
@@ -20,9 +19,12 @@ from ..backoff import Backoff
 from ..conf import conf
 from ..exceptions import ConnectionLost, ListenError
 from ..wire import PAYLOAD_LIMIT, byte_length, wire_channel
-from . import session as todo
+from . import commands as todo
+from .commands import Command
 from .connection import ListenConnection, Notification, first_line
-from .session import Command, Session, Timing
+from .leadership import Acquired, LeaderLock
+from .session import Session, Timing
+from .sink import Sink
 
 logger = logging.getLogger("django_pgnotify.listening")
 
@@ -34,43 +36,9 @@ STATUS_CHANNEL = "pgnotify.status"
 
 REPLY_PREFIX = "pgnotify.reply."
 
-_LOCK_CLASS = 0x70676E74  # "pgnt": the advisory lock space of leaders
 _ECHO = (
     b"SELECT pg_notify($1, $2), (SELECT json_agg(channel) FROM pg_listening_channels() AS channel)"
 )
-_TRY_LOCK = b"SELECT pg_try_advisory_lock($1::int4, $2::int4)"
-_END_SILENT_HOLDER = b"""
-SELECT pid, silence, silence > $3::float8 AND pg_terminate_backend(pid)
-FROM (
-    SELECT a.pid, extract(epoch FROM clock_timestamp() - a.state_change) AS silence
-    FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
-    WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2
-      AND l.classid::bigint = $1::bigint
-      AND l.objid::bigint = ($2::bigint + 4294967296) % 4294967296
-      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-) AS holder
-"""
-_UNLOCK = b"SELECT pg_advisory_unlock($1::int4, $2::int4), pg_notify($3, '')"
-
-
-class Sink(Protocol):
-    """Where a listener hands what it hears. Called on the loop; must return at once."""
-
-    def established(self, channels: frozenset[str]) -> None:
-        """From here on every frame on ``channels`` arrives, or a gap says that it may not have."""
-
-    def notified(self, notifications: Sequence[Notification]) -> None: ...
-
-    def gap(
-        self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool
-    ) -> None: ...
-
-    def led(self, leader: bool) -> None: ...
-
-    def lost(self, cause: str, retry_in: float) -> None: ...
-
-    def status(self) -> dict[str, Any]:
-        """How the listener is, as plain values, for the roll call."""
 
 
 def connection_params(using: str) -> dict[str, Any]:
@@ -80,12 +48,6 @@ def connection_params(using: str) -> dict[str, Any]:
     for name in ("cursor_factory", "context", "prepare_threshold"):
         params.pop(name, None)
     return params
-
-
-class _Acquired(NamedTuple):
-    """Stands among unread notifications where the leader's lock became ours."""
-
-    asked_at: float
 
 
 def _status_payload(status: dict[str, Any]) -> str:
@@ -126,13 +88,10 @@ class Listener:
         self._echo_channel = wire_channel(f"pgnotify.echo.{secrets.token_hex(8)}", prefix)
         self._status_channel = wire_channel(STATUS_CHANNEL, prefix)
         self._reply_prefix = prefix + REPLY_PREFIX
-        self._leader_channel = wire_channel(f"pgnotify.leader.{leadership}", prefix)
-        self._own_channels = frozenset(
-            {self._echo_channel, self._status_channel}
-            | ({self._leader_channel} if leadership is not None else set())
-        )
-        lock = zlib.crc32(f"{prefix}:{leadership}".encode())
-        self._lock_key = (str(_LOCK_CLASS), str(lock - (1 << 32) if lock >= 1 << 31 else lock))
+        self._lock = None if leadership is None else LeaderLock(leadership, prefix)
+        self._leader_channel = None if self._lock is None else self._lock.channel
+        own = (self._echo_channel, self._status_channel, self._leader_channel)
+        self._own_channels = frozenset(channel for channel in own if channel is not None)
         self._timeout = conf.HEARTBEAT_TIMEOUT
         self.session = Session(
             channels,
@@ -150,7 +109,7 @@ class Listener:
         self._connection: ListenConnection | None = None
         self._server_listens: frozenset[str] | None = None
         self._echo_sent = 0.0
-        self._unread: deque[Notification | _Acquired] = deque()
+        self._unread: deque[Notification | Acquired] = deque()
         self._wanted: frozenset[str] | None = None
         self._stop_requested = False
         self._opening: asyncio.Task[ListenConnection] | None = None
@@ -235,15 +194,15 @@ class Listener:
         heard: list[Notification] = []
         while self._unread:
             entry = self._unread[0]
-            if isinstance(entry, _Acquired) or entry.channel in self._own_channels:
+            if isinstance(entry, Acquired) or entry.channel in self._own_channels:
                 break
             heard.append(entry)
             self._unread.popleft()
         return heard
 
-    async def _heed(self, entry: Notification | _Acquired) -> None:
+    async def _heed(self, entry: Notification | Acquired) -> None:
         now = self._now()
-        if isinstance(entry, _Acquired):
+        if isinstance(entry, Acquired):
             await self._carry_out(self.session.led(now, True, asked_at=entry.asked_at))
         elif entry.channel == self._echo_channel:
             await self._echoed(entry.payload.decode(errors="replace"))
@@ -359,42 +318,34 @@ class Listener:
         return self._connection
 
     async def _try_lead(self, *, at_once: bool, handed_over: bool) -> None:
-        connection = self._open()
+        connection, lock = self._open(), self._require_lock()
         asked_at = self._now()
-        [(acquired,)] = await connection.execute(_TRY_LOCK, self._lock_key, timeout=self._timeout)
         silent_for: float | None = None
-        if acquired == b"t" and not at_once:
+        acquired = await lock.try_take(connection, self._timeout)
+        if acquired and not at_once:
             # In its place among the notifications: those before it were the old leader's.
             self._unread.extend(connection.take())
-            self._unread.append(_Acquired(asked_at))
+            self._unread.append(Acquired(asked_at))
             self.kick()
             return
-        if acquired != b"t":
-            # A leader whose network is cut cannot let go, and its backend may not notice for
-            # hours. By this time it has given itself up: it had no echo within its deadline.
-            limit = conf.HEARTBEAT_INTERVAL + 2 * self._timeout
-            holders = await connection.execute(
-                _END_SILENT_HOLDER, (*self._lock_key, str(limit)), timeout=self._timeout
-            )
-            for pid, silence, ended in holders:
-                if silence is None:
-                    continue  # the session of another role: we may not see how it is
-                silent_for = float(silence)
-                if ended == b"t":
-                    logger.warning(
-                        "Ended the session of a leader that was silent for %.1f s (backend %s)",
-                        silent_for,
-                        (pid or b"?").decode(),
-                    )
+        if not acquired:
+            # By this time a silent leader has given itself up: it had no echo in its deadline.
+            limit = self.session.timing.proof_lag
+            silent_for = await lock.silence_of_holder(connection, limit, self._timeout)
         await self._do_all(
             self.session.led(
                 self._now(),
-                acquired == b"t",
+                acquired,
                 asked_at=asked_at,
                 silent_for=silent_for,
                 handed_over=handed_over,
             )
         )
+
+    def _require_lock(self) -> LeaderLock:
+        if self._lock is None:
+            raise RuntimeError("this listener does not compete for the leadership")
+        return self._lock
 
     async def _echo(self, nonce: str) -> None:
         connection = self._open()
@@ -428,9 +379,7 @@ class Listener:
         if not self.session.leader or connection is None:
             return
         try:
-            await connection.execute(
-                _UNLOCK, (*self._lock_key, self._leader_channel), timeout=self._timeout
-            )
+            await self._require_lock().let_go(connection, self._timeout)
         except (ListenError, psycopg.Error) as exc:
             logger.info("Leadership ends with the connection, not before it: %s", exc)
             return

@@ -22,118 +22,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..backoff import Backoff
+from .commands import (
+    Close,
+    Command,
+    Connect,
+    Deliver,
+    Echo,
+    Established,
+    Follow,
+    Gap,
+    Lead,
+    Listen,
+    Lost,
+    TryLead,
+    Unlisten,
+)
 
 _STARTED = "the listener has just started"
 
 State = Literal["idle", "connecting", "listening", "proving", "established", "waiting", "stopped"]
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Open a fresh connection; answer with ``connected`` or ``failed``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Listen:
-    """LISTEN on these channels, commit; answer with ``listened``."""
-
-    channels: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Unlisten:
-    """UNLISTEN these channels; answer with ``unlistened``."""
-
-    channels: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Echo:
-    """NOTIFY ourselves with this nonce; what comes back is given to ``echoed``."""
-
-    nonce: str
-
-
-@dataclass(frozen=True, slots=True)
-class TryLead:
-    """Try to take the leader's advisory lock; answer with ``led``.
-
-    ``handed_over`` says that the leader has just let go of it in order: what came before that in
-    the stream was handled by it, what comes after is the next one's. ``at_once`` says to lead
-    from here on; otherwise what has been received by the time of the answer is still the old
-    leader's.
-    """
-
-    at_once: bool = False
-    handed_over: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Lead:
-    """This session is the leader from here on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Follow:
-    """This session is not the leader any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """Frames may have been missed from ``since`` to ``until`` (monotonic seconds).
-
-    ``for_leader`` says whose gap it is: that of what every listener runs, or that of what only
-    the leader runs, which comes when this listener becomes the leader. ``since`` is None where
-    the listener has just started, and cannot know who listened before.
-    """
-
-    since: float | None
-    until: float
-    cause: str
-    for_leader: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Established:
-    """The session is proven to hear ``channels``, and no others."""
-
-    channels: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Hand these notifications to the receivers' side, in order."""
-
-    notifications: list[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """Close the connection, if there is one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The connection is given up; the next attempt is in ``retry_in`` seconds."""
-
-    cause: str
-    retry_in: float
-
-
-Command = (
-    Connect
-    | Listen
-    | Unlisten
-    | Echo
-    | TryLead
-    | Lead
-    | Follow
-    | Gap
-    | Established
-    | Deliver
-    | Close
-    | Lost
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +85,7 @@ class Session:
         self.leader = False
         self.wake_at: float | None = None
         self.proven_at: float | None = None
-        self._timing = timing or Timing()
+        self.timing = timing or Timing()
         self._backoff = backoff
         self._new_nonce = new_nonce
         self._wants_to_lead = wants_to_lead
@@ -205,7 +112,7 @@ class Session:
         if self.state != "connecting":
             return [Close()]
         self.state = "listening"
-        self.wake_at = now + self._timing.heartbeat_timeout
+        self.wake_at = now + self.timing.heartbeat_timeout
         self._changing = self.wanted
         return [Listen(self.wanted)]
 
@@ -245,7 +152,7 @@ class Session:
             missing = ", ".join(sorted(asked_for - listening)[:3])
             return self.failed(now, f"the server no longer listens for us on {missing}")
         self._nonce, self._echo_due = None, None
-        self._next_echo = now + self._timing.heartbeat_interval
+        self._next_echo = now + self.timing.heartbeat_interval
         # It proves that what was committed before it was sent has been read, and no more.
         since, self.proven_at = self.proven_at, self._echo_at
         if self.state == "established":
@@ -276,7 +183,7 @@ class Session:
     def notified(self, now: float, notifications: list[Any]) -> list[Command]:
         if self.state == "established":
             proof_age = now - (self.proven_at or now)
-            if self.leader and proof_age > self._timing.proof_lag:
+            if self.leader and proof_age > self.timing.proof_lag:
                 # Somebody else leads by now, and what we read first may be old.
                 return self.failed(now, "this process was stopped, or too busy, for too long")
             return [Deliver(notifications)]
@@ -307,7 +214,7 @@ class Session:
         if not acquired:
             # What it had read by its last sign of life goes back to its last proof before that.
             asked_at = now if asked_at is None else asked_at
-            since = asked_at - (silent_for or 0.0) - self._timing.proof_lag
+            since = asked_at - (silent_for or 0.0) - self.timing.proof_lag
             if silent_for is not None or self._leaderless is None:
                 self._leaderless = (since, "the leader was gone")
             return []
@@ -385,18 +292,18 @@ class Session:
 
     def _connect(self, now: float) -> list[Command]:
         self.state = "connecting"
-        self.wake_at = now + self._timing.connect_timeout
+        self.wake_at = now + self.timing.connect_timeout
         return [Connect()]
 
     def _echo(self, now: float) -> list[Command]:
         self._nonce = self._new_nonce()
         self._echo_at, self._echo_channels = now, self.listened_to
-        self._echo_due = now + self._timing.heartbeat_timeout
+        self._echo_due = now + self.timing.heartbeat_timeout
         self._set_alarm()
         return [Echo(self._nonce)]
 
     def _try_lead(self, now: float, *, at_once: bool = False, handed_over: bool = False) -> Command:
-        self._next_try = now + self._timing.leader_poll_interval
+        self._next_try = now + self.timing.leader_poll_interval
         return TryLead(at_once, handed_over)
 
     def _change_channels(self, now: float) -> list[Command]:
@@ -410,7 +317,7 @@ class Session:
             self._changing, command = surplus, Unlisten(surplus)
         else:
             return []
-        self._change_due = now + self._timing.heartbeat_timeout
+        self._change_due = now + self.timing.heartbeat_timeout
         self._set_alarm()
         return [command]
 
@@ -438,7 +345,7 @@ class Session:
     def _reset_backoff_if_healthy(self, now: float) -> None:
         if (
             self._established_at is not None
-            and now - self._established_at >= self._timing.heartbeat_interval
+            and now - self._established_at >= self.timing.heartbeat_interval
         ):
             self._backoff.reset()
 

@@ -9,7 +9,9 @@ class Router:
     """SQLite holds the models of the tests and nothing else, ``Remote`` lives on ``other``."""
 
     def db_for_read(self, model: type[Model], **hints: Any) -> str | None:
-        return "other" if model._meta.label_lower == "testapp.remote" else None
+        # The model of a database cache has an app and a name, and no more.
+        meta = model._meta
+        return "other" if (meta.app_label, meta.model_name) == ("testapp", "remote") else None
 
     def db_for_write(self, model: type[Model], **hints: Any) -> str | None:
         return self.db_for_read(model, **hints)

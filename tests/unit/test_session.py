@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from django_pgnotify.backoff import Backoff
-from django_pgnotify.listening.session import (
+from django_pgnotify.listening.commands import (
     Close,
     Command,
     Connect,
@@ -32,11 +32,10 @@ from django_pgnotify.listening.session import (
     Lead,
     Listen,
     Lost,
-    Session,
-    Timing,
     TryLead,
     Unlisten,
 )
+from django_pgnotify.listening.session import Session, Timing
 
 TIMING = Timing(
     heartbeat_interval=10.0, heartbeat_timeout=5.0, connect_timeout=8.0, leader_poll_interval=1.0
