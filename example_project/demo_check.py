@@ -17,7 +17,7 @@ import psycopg
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Origin
 
-from .demo import Demo, DemoError
+from .supervisor import Demo, DemoError
 
 DEADLINE = 15.0  # seconds, for each hop
 POLL_EVERY = 0.002

@@ -57,7 +57,7 @@ def write_packing_slip(event: Event) -> None:
                 event_id=f"slip:{slip.pk}",
                 defaults={
                     "kind": Activity.Kind.SLIP,
-                    "text": f"Slip printed, {slip.pieces} pcs reserved",
+                    "text": f"Slip printed, {slip.pieces} pieces reserved",
                     "order": slip.order,
                 },
             )
