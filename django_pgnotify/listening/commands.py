@@ -36,14 +36,11 @@ class Echo:
 class TryLead:
     """Try to take the leader's advisory lock; answer with ``led``.
 
-    ``handed_over`` says that the leader has just let go of it in order: what came before that in
-    the stream was handled by it, what comes after is the next one's. ``at_once`` says to lead
-    from here on; otherwise what has been received by the time of the answer is still the old
-    leader's.
+    ``at_once`` says to lead from this place in the stream on; otherwise what has been received by
+    the time of the answer is still the old leader's.
     """
 
     at_once: bool = False
-    handed_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ logger = logging.getLogger("django_pgnotify.listening")
 
 _LOCK_CLASS = 0x70676E74  # "pgnt": the advisory lock space of leaders
 _TAKE = b"SELECT pg_try_advisory_lock($1::int4, $2::int4)"
-_LET_GO = b"SELECT pg_advisory_unlock($1::int4, $2::int4), pg_notify($3, '')"
+# All, because a session that asks twice holds the lock twice.
+_LET_GO = b"SELECT pg_advisory_unlock_all(), pg_notify($1, '')"
 _END_SILENT_HOLDER = b"""
 SELECT pid, silence, silence > $3::float8 AND pg_terminate_backend(pid)
 FROM (
@@ -60,7 +61,7 @@ class LeaderLock:
 
     async def let_go(self, connection: ListenConnection, timeout: float) -> None:
         """Free the lock, and say so to those who wait for it."""
-        await connection.execute(_LET_GO, (*self._key, self.channel), timeout=timeout)
+        await connection.execute(_LET_GO, (self.channel,), timeout=timeout)
 
     async def silence_of_holder(
         self, connection: ListenConnection, limit: float, timeout: float

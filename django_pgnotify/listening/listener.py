@@ -262,8 +262,8 @@ class Listener:
                 await self._do_all(self.session.unlistened(self._now(), channels))
             case todo.Echo(nonce):
                 await self._echo(nonce)
-            case todo.TryLead(at_once, handed_over):
-                await self._try_lead(at_once=at_once, handed_over=handed_over)
+            case todo.TryLead(at_once):
+                await self._try_lead(at_once=at_once)
             case todo.Lead():
                 self._sink.led(True)
             case todo.Follow():
@@ -317,7 +317,7 @@ class Listener:
             raise ConnectionLost("the connection is closed")
         return self._connection
 
-    async def _try_lead(self, *, at_once: bool, handed_over: bool) -> None:
+    async def _try_lead(self, *, at_once: bool) -> None:
         connection, lock = self._open(), self._require_lock()
         asked_at = self._now()
         silent_for: float | None = None
@@ -338,7 +338,6 @@ class Listener:
                 acquired,
                 asked_at=asked_at,
                 silent_for=silent_for,
-                handed_over=handed_over,
             )
         )
 

@@ -199,7 +199,6 @@ class Session:
         *,
         asked_at: float | None = None,
         silent_for: float | None = None,
-        handed_over: bool = False,
     ) -> list[Command]:
         """The outcome of :class:`TryLead`.
 
@@ -207,7 +206,6 @@ class Session:
             asked_at: when the server was asked; default now.
             silent_for: seconds since the present leader last gave a sign of life, None where
                 that is not known.
-            handed_over: as in :class:`TryLead`.
         """
         if self.state != "established" or self.leader:
             return []
@@ -221,9 +219,7 @@ class Session:
         self.leader = True
         self._set_alarm()
         commands: list[Command] = [Lead()]
-        if handed_over:
-            self._leaderless = None
-        elif self._leaderless is not None:
+        if self._leaderless is not None:
             since, cause = self._leaderless
             self._leaderless = None
             commands.append(Gap(since, now, cause, for_leader=True))
@@ -234,7 +230,9 @@ class Session:
     def leadership_free(self, now: float) -> list[Command]:
         """The leader said, in the stream of notifications, that it has let go of the lock."""
         if self.state == "established" and self._wants_to_lead and not self.leader:
-            command = self._try_lead(now, at_once=True, handed_over=True)
+            # The gap is told all the same: that the leader let go in order does not prove that
+            # the network let it read up to that point.
+            command = self._try_lead(now, at_once=True)
             self._set_alarm()
             return [command]
         return []
@@ -302,9 +300,9 @@ class Session:
         self._set_alarm()
         return [Echo(self._nonce)]
 
-    def _try_lead(self, now: float, *, at_once: bool = False, handed_over: bool = False) -> Command:
+    def _try_lead(self, now: float, *, at_once: bool = False) -> Command:
         self._next_try = now + self.timing.leader_poll_interval
-        return TryLead(at_once, handed_over)
+        return TryLead(at_once)
 
     def _change_channels(self, now: float) -> list[Command]:
         """Bring the server nearer to what is wanted, one statement at a time."""
