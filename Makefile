@@ -90,8 +90,8 @@ docs: $(VENV)/.installed-docs
 
 .PHONY: faults
 
-# SEED=... repeats a run; FAULTS=1000 makes a long one; MEMORY=1 pushes a million events instead.
 FAULTS ?= 200
+FAULT_OPTIONS = $(if $(MEMORY),--memory,--faults $(FAULTS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 faults: $(VENV)/.installed-test
-	$(VENV)/bin/python -m tests.faults.run --faults $(FAULTS) $(if $(SEED),--seed $(SEED)) \
-	  $(if $(MEMORY),--memory) $(ARGS)
+	$(VENV)/bin/python -m tests.faults.run $(FAULT_OPTIONS)
