@@ -155,6 +155,13 @@ class Conf:
         """The alias that listeners connect to."""
         return self.LISTEN_DATABASE or self.DATABASE
 
+    def rows_database(self, using: str) -> str:
+        """The alias to read rows from for what is heard on ``using``.
+
+        The direct alias past a pooler is for listening connections alone.
+        """
+        return self.DATABASE if using == self.listen_database else using
+
     @property
     def source(self) -> str:
         """``node:pid`` of this process."""

@@ -19,7 +19,7 @@ from .registry import (
     registry,
     source_name,
 )
-from .templates import check_template, fields_of, fill, literal_parts
+from .templates import check_template, fields_in, fields_of, fill, literal_parts
 
 GROUP_NAME_LIMIT = 99
 """Characters in a group name: Channels wants fewer than 100."""
@@ -143,7 +143,10 @@ def _hash(text: str) -> str:
 
 def _groups_of(group: Group, event: Event) -> list[str]:
     if isinstance(group, str):
-        return [_bounded(fill(group, fields_of(event), escape=_safe))]
+        fields = fields_of(event)
+        if event.action == "gap" and any(fields[name] is None for name in fields_in(group)):
+            return []  # it is of no row, so no group of one row is meant
+        return [_bounded(fill(group, fields, escape=_safe))]
     names = group(event)
     if not names:
         return []

@@ -16,6 +16,7 @@ def tell(state: str, environ: Mapping[str, str] = os.environ) -> bool:
         address = "\0" + address[1:]  # an abstract socket
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.setblocking(False)  # a manager that does not read must not stop us
             manager.connect(address)
             manager.sendall(state.encode())
     except OSError:
@@ -26,7 +27,7 @@ def tell(state: str, environ: Mapping[str, str] = os.environ) -> bool:
 def watchdog_interval(environ: Mapping[str, str] = os.environ) -> float | None:
     """Seconds between two signs of life: half of what systemd waits; None if it does not."""
     microseconds = environ.get("WATCHDOG_USEC", "")
-    if not microseconds.isdigit() or int(microseconds) == 0:
+    if not (microseconds.isascii() and microseconds.isdigit()) or int(microseconds) == 0:
         return None
     if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None

@@ -60,6 +60,11 @@ def literal_head(template: str) -> str:
     return "".join(head)
 
 
+def fields_in(template: str) -> set[str]:
+    """Names of the event's fields that a template mentions."""
+    return {name.split("[", 1)[0] for _, name, _, _ in _formatter.parse(template) if name}
+
+
 def fields_of(event: Event) -> dict[str, Any]:
     """What a template may name, of one event."""
     return {name: getattr(event, name) for name in EVENT_FIELDS}

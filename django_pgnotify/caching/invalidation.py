@@ -81,9 +81,8 @@ def invalidates(
             if not stale:
                 return
             caches[cache].delete_many(stale, version=version)
-        signals.cache_invalidated.send_robust(
-            _source_of(event, sources), event=event, cache=cache, keys=stale
-        )
+        for one in _sources_of(event, sources):
+            signals.cache_invalidated.send_robust(one, event=event, cache=cache, keys=stale)
 
     names = ",".join(source_name(one) for one in sources)
     what = ",".join(templates) if templates else describe(keys)  # type: ignore[arg-type]
@@ -102,13 +101,13 @@ def invalidates(
     )
 
 
-def _source_of(event: Event, sources: tuple[Source, ...]) -> Source:
-    """The one of several sources that an event came from."""
-    for source in sources:
-        heard = registry.subscription(source)
-        if heard.topic == event.topic and heard.model in (None, event.model):
-            return source
-    return sources[0]  # a gap of a topic that several models share
+def _sources_of(event: Event, sources: tuple[Source, ...]) -> list[Source]:
+    """Those of several sources that an event came from: all of its topic for a gap, else one."""
+    heard = [(source, registry.subscription(source)) for source in sources]
+    same = [(source, one.model) for source, one in heard if one.topic == event.topic]
+    if event.action == "gap":
+        return [source for source, _ in same]
+    return [source for source, model in same if model in (None, event.model)][:1]
 
 
 def _check_keys(keys: object) -> list[str]:

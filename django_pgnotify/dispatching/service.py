@@ -91,32 +91,27 @@ class Service:
             max_waiting=conf.QUEUE_MAX_EVENTS,
             max_bytes=conf.QUEUE_MAX_BYTES,
             stats=self.stats,
-            using=self._rows_alias(),
+            using=conf.rows_database(self.using),
             overflowed=self._overflowed,
         )
-        self._last_gap: dict[str, str | None] | None = None
         self._telling: set[asyncio.Future[Any]] = set()
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._health_file = None if health_file is None else Path(health_file)
-        self._established_since: datetime | None = None
         consumer = self.dispatcher if observe is None else _Observed(self.dispatcher, observe)
-        self._intake = Intake(self.topics, self._rows_alias(), consumer, self.stats)
+        self._intake = Intake(self.topics, conf.rows_database(self.using), consumer, self.stats)
         for_leader = any(not route.receiver.every_node for route in self.routes)
         # Listeners of different topics must not keep each other from leading. Where their topics
         # overlap both lead: docs/explanation/leader-and-standby says not to do that.
-        name = "all" if topics is None else ",".join(sorted(topics))
+        name = "all" if topics is None else ",".join(sorted(set(topics)))
+        self._leadership = name if for_leader else None
         self.listener = Listener(
             using,
             self._intake.channels,
             self,
-            leadership=name if for_leader else None,
+            leadership=self._leadership,
             gap_on_start=conf.GAP_ON_START,
         )
-
-    def _rows_alias(self) -> str:
-        """Where rows are read: the direct alias is for the listening connection alone."""
-        return conf.DATABASE if self.using == conf.listen_database else self.using
 
     @property
     def role(self) -> str:
@@ -148,7 +143,6 @@ class Service:
             for chore in chores:
                 chore.cancel()
             await asyncio.wait(chores)
-            self._established_since = None
             drained = await self.dispatcher.drain(
                 conf.SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
             )
@@ -159,13 +153,11 @@ class Service:
     # -- sink of the listener -------------------------------------------------------------------
 
     def established(self, channels: frozenset[str]) -> None:
-        self._established_since = datetime.now(UTC)
         self._report_health()
         if self._on_ready is not None:
             self._on_ready()
 
     def lost(self, cause: str, retry_in: float) -> None:
-        self._established_since = None
         self._report_health()
         if self._on_lost is not None:
             self._on_lost(cause, retry_in)
@@ -174,18 +166,10 @@ class Service:
         self._intake.notified(notifications)
 
     def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
-        self._note_gap(since, until, cause)
         self._intake.gap(since, until, cause, for_leader=for_leader)
 
-    def _note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
-        self._last_gap = {
-            "since": None if since is None else since.isoformat(),
-            "until": until.isoformat(),
-            "cause": cause,
-        }
-
     def _overflowed(self, since: datetime, until: datetime, cause: str) -> None:
-        self._note_gap(since, until, cause)
+        self.listener.note_gap(since, until, cause)
         task = asyncio.ensure_future(
             signals.listener_gap.asend_robust(self.listener, since=since, until=until, cause=cause)
         )
@@ -212,7 +196,7 @@ class Service:
 
         close_old_connections()
         try:
-            while prune(conf.STORED_RETENTION, self._rows_alias()) >= PRUNE_BATCH:
+            while prune(conf.STORED_RETENTION, conf.rows_database(self.using)) >= PRUNE_BATCH:
                 pass
         finally:
             close_old_connections()
@@ -224,28 +208,20 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         """The state of this listener, as plain values."""
-        since = self._established_since
         return {
             "node": conf.NODE,
             "pid": os.getpid(),
             "backend": self.listener.backend_pid,
             "database": self.using,
             "role": self.role,
-            "established": since is not None,
-            "established_since": None if since is None else since.isoformat(),
-            "last_echo": self._last_echo(),
-            "round_trip": self.listener.round_trip,
+            "leadership": self._leadership,
+            **self.listener.health(),
             "topics": self.topics,
             "waiting": self.dispatcher.waiting,
             "running": self.dispatcher.running,
             "counts": self.stats.snapshot(),
-            "last_gap": self._last_gap,
             "at": datetime.now(UTC).isoformat(),
         }
-
-    def _last_echo(self) -> str | None:
-        proven_at = self.listener.session.proven_at
-        return None if proven_at is None else self.listener.wall_time(proven_at).isoformat()
 
     def _report_health(self) -> None:
         if self._health_file is None:

@@ -45,10 +45,12 @@ class Subscription:
         channel: str,
         on_notifications: OnNotifications,
         on_gap: OnGap | None,
+        on_end: Callable[[], None] | None,
     ) -> None:
         self.channel = channel
         self.on_notifications = on_notifications
         self.on_gap = on_gap
+        self.on_end = on_end
         self.established: Future[None] = Future()
         self._background = background
 
@@ -85,10 +87,14 @@ class BackgroundListener:
         self._thread.start()
 
     def subscribe(
-        self, channel: str, on_notifications: OnNotifications, on_gap: OnGap | None = None
+        self,
+        channel: str,
+        on_notifications: OnNotifications,
+        on_gap: OnGap | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> Subscription:
         """Hear what arrives on ``channel``. Callbacks run in the listener's thread: be quick."""
-        subscription = Subscription(self, channel, on_notifications, on_gap)
+        subscription = Subscription(self, channel, on_notifications, on_gap, on_end)
         with self._lock:
             self._subscriptions.setdefault(channel, []).append(subscription)
             if channel in self._listened_to:
@@ -97,6 +103,8 @@ class BackgroundListener:
         return subscription
 
     def remove(self, subscription: Subscription) -> None:
+        if self.pid != os.getpid():
+            return  # a forked child's copy: nobody listens for it here
         with self._lock:
             same = self._subscriptions.get(subscription.channel, [])
             if subscription in same:
@@ -145,6 +153,12 @@ class BackgroundListener:
             asyncio.run(self._listen())
         except Exception:
             logger.exception("The background listener on database %r ended", self.using)
+        finally:
+            with self._lock:
+                everybody = [entry for same in self._subscriptions.values() for entry in same]
+            for subscription in everybody:
+                if subscription.on_end is not None:
+                    self._call(subscription.on_end)
 
     async def _listen(self) -> None:
         with self._lock:
@@ -181,7 +195,8 @@ class BackgroundListener:
             "backend": self.backend_pid,
             "database": self.using,
             "role": "in process",
-            "established": bool(self._listened_to),
+            "established": False,
+            **({} if self._listener is None else self._listener.health()),
             "topics": sorted(self._listened_to),
         }
 

@@ -18,7 +18,7 @@ from .. import signals
 from ..backoff import Backoff
 from ..conf import conf
 from ..exceptions import ConnectionLost, ListenError
-from ..wire import PAYLOAD_LIMIT, byte_length, wire_channel
+from ..wire import CHANNEL_LIMIT, PAYLOAD_LIMIT, byte_length, wire_channel
 from . import commands as todo
 from .commands import Command
 from .connection import ListenConnection, Notification, first_line
@@ -83,6 +83,8 @@ class Listener:
         self.last_error: Exception | None = None
         self.round_trip: float | None = None
         """Seconds the last echo took."""
+        self.last_gap: dict[str, str | None] | None = None
+        self._established_since: datetime | None = None
         self._sink = sink
         prefix = conf.CHANNEL_PREFIX
         self._echo_channel = wire_channel(f"pgnotify.echo.{secrets.token_hex(8)}", prefix)
@@ -135,6 +137,25 @@ class Listener:
         self._kicked = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def health(self) -> dict[str, Any]:
+        """Whether and since when it is established, its last echo and its last gap."""
+        since, proven_at = self._established_since, self.session.proven_at
+        return {
+            "established": since is not None,
+            "established_since": None if since is None else since.isoformat(),
+            "last_echo": None if proven_at is None else self.wall_time(proven_at).isoformat(),
+            "round_trip": self.round_trip,
+            "last_gap": self.last_gap,
+        }
+
+    def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
+        """Remember the latest gap, for :meth:`health`."""
+        self.last_gap = {
+            "since": None if since is None else since.isoformat(),
+            "until": until.isoformat(),
+            "cause": cause,
+        }
 
     @property
     def backend_pid(self) -> int | None:
@@ -216,7 +237,9 @@ class Listener:
         await self._carry_out(self.session.echoed(self._now(), nonce, self._server_listens))
 
     async def _answer(self, channel: str) -> None:
-        if channel.startswith(self._reply_prefix) and self._connection is not None:
+        if not channel.startswith(self._reply_prefix) or byte_length(channel) > CHANNEL_LIMIT:
+            return  # anybody may NOTIFY anything
+        if self._connection is not None:
             try:
                 await self._connection.execute(
                     b"SELECT pg_notify($1, $2)",
@@ -273,6 +296,7 @@ class Listener:
                     None if since is None else self.wall_time(since),
                     self.wall_time(until),
                 )
+                self.note_gap(*times, cause)
                 self._sink.gap(*times, cause, for_leader=for_leader)
                 if not for_leader:
                     # Waited for: what a handler does is done before later frames are delivered.
@@ -281,6 +305,7 @@ class Listener:
                     )
             case todo.Established(channels):
                 self.last_error = None
+                self._established_since = self._established_since or datetime.now(UTC)
                 self._sink.established(channels)
                 await signals.listener_established.asend_robust(self, using=self.using)
             case todo.Lost(cause, retry_in):
@@ -294,6 +319,7 @@ class Listener:
                 self._sink.lost(cause, retry_in)
             case todo.Close():
                 self._unread.clear()
+                self._established_since = None
                 if self._connection is not None:
                     self._connection.close()
                     self._connection = None

@@ -8,31 +8,39 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..conf import conf
+from ..exceptions import ConnectionLost
 from ..wire import wire_channel
-from .connection import ListenConnection
+from .connection import ListenConnection, Notification, first_line
 from .listener import REPLY_PREFIX, STATUS_CHANNEL, connection_params
 
+_STATUS = {"node": str, "pid": int, "role": str, "topics": list, "established": bool}
 _QUEUE = b"SELECT pg_notification_queue_usage()"
 _SUSPECTS = b"""
-SELECT pid, coalesce(application_name, ''), coalesce(usename, ''), state,
+SELECT pid, coalesce(datname, ''), coalesce(application_name, ''), coalesce(usename, ''), state,
        extract(epoch FROM clock_timestamp() - coalesce(xact_start, state_change)),
        coalesce(wait_event, '')
 FROM pg_stat_activity
-WHERE datname = current_database() AND pid <> pg_backend_pid()
+WHERE pid <> pg_backend_pid()
   AND backend_type = 'client backend'
   AND (xact_start < clock_timestamp() - interval '5 s' OR wait_event = 'ClientWrite')
-ORDER BY 5 DESC
+ORDER BY 6 DESC
 LIMIT 10
 """
 
 
 class Suspect(NamedTuple):
-    """A session that holds up the queue if it listens: it is in a transaction, or does not read."""
+    """A session that holds up the queue if it listens: it is in a transaction, or does not read.
+
+    The queue is the whole cluster's, so the session may be one of another database.
+    """
 
     pid: int
+    database: str
     application: str
     user: str
     state: str
@@ -70,11 +78,13 @@ async def call_the_roll(using: str, seconds: float) -> RollCall:
         try:
             async with asyncio.timeout(seconds):
                 while connection.lost is None:
-                    answers += [json.loads(heard.payload) for heard in connection.take()]
+                    answers += _answers(connection.take())
                     arrived.clear()
                     await arrived.wait()
         except TimeoutError:
-            answers += [json.loads(heard.payload) for heard in connection.take()]
+            answers += _answers(connection.take())
+        if connection.lost is not None:
+            raise ConnectionLost(first_line(connection.lost)) from connection.lost
     finally:
         connection.close()
     return RollCall(
@@ -84,10 +94,26 @@ async def call_the_roll(using: str, seconds: float) -> RollCall:
     )
 
 
+def _answers(notifications: Sequence[Notification]) -> list[dict[str, Any]]:
+    """Those that are the status of a listener; anybody may send anything."""
+    found = []
+    for heard in notifications:
+        with suppress(ValueError, RecursionError):
+            status = json.loads(heard.payload)
+            if isinstance(status, dict) and _STATUS.items() <= _types(status).items():
+                found.append(status)
+    return found
+
+
+def _types(status: dict[str, Any]) -> dict[str, type]:
+    return {name: type(value) for name, value in status.items()}
+
+
 def _suspect(row: tuple[bytes | None, ...]) -> Suspect:
-    pid, application, user, state, seconds, wait = (value or b"" for value in row)
+    pid, database, application, user, state, seconds, wait = (value or b"" for value in row)
     return Suspect(
         int(pid),
+        database.decode(errors="replace"),
         application.decode(errors="replace"),
         user.decode(errors="replace"),
         state.decode(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import Self
 
 from ..conf import conf
 from ..events import Event
-from ..exceptions import InvalidArgument
+from ..exceptions import InvalidArgument, ListenError
+from ..publishing.sender import check_alias
 from ..registry import Source, check_sources, registry
 from ..stats import Stats
 from ..wire import gap_event
@@ -42,13 +44,15 @@ def subscribe(
 
     Raises:
         InvalidTopic, InvalidArgument: bad arguments.
+        UnsupportedDatabase: ``using`` is not a PostgreSQL alias.
         ListenError: (on entering) not established within ``PGNOTIFY_CONNECT_TIMEOUT``.
     """
     if not isinstance(max_waiting, int) or isinstance(max_waiting, bool) or max_waiting < 1:
         raise InvalidArgument(
             f"max_waiting= takes a whole number of at least 1; got {max_waiting!r}."
         )
-    return EventStream(check_sources(source), using or conf.listen_database, max_waiting)
+    alias = check_alias(conf.listen_database if using is None else using)
+    return EventStream(check_sources(source), alias, max_waiting)
 
 
 class EventStream:
@@ -65,10 +69,16 @@ class EventStream:
         self._events: deque[Event] = deque()
         self._dropped: tuple[datetime, datetime] | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._pid = os.getpid()
+        self._started = False
+        self._ended = False
         self._closed = False
 
     def close(self) -> None:
         """End the subscription; whoever iterates gets what waits, and then the end."""
+        if self._pid != os.getpid():
+            self._closed = True  # the parent's: its locks and its connection are not ours to use
+            return
         with self._changed:
             self._closed = True
             subscriptions, self._subscriptions = self._subscriptions, []
@@ -80,7 +90,11 @@ class EventStream:
 
     def __enter__(self) -> Self:
         self._start()
-        wait_until_established(self._subscriptions, conf.CONNECT_TIMEOUT)
+        try:
+            wait_until_established(self._subscriptions, conf.CONNECT_TIMEOUT)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -92,11 +106,20 @@ class EventStream:
         self.close()
 
     def __iter__(self) -> Iterator[Event]:
+        if not self._started:
+            with self:
+                yield from self
+            return
         while (event := self.get()) is not None:
             yield event
 
     def get(self, timeout: float | None = None) -> Event | None:
-        """The next event; None once closed, or when ``timeout`` seconds have passed without one."""
+        """The next event; None once closed, or when ``timeout`` seconds have passed without one.
+
+        Raises:
+            ListenError: the listener of this process has ended, or is another process's.
+        """
+        self._check_process()
         with self._changed:
             self._changed.wait_for(lambda: self._ready() or self._closed, timeout)
             return self._take()
@@ -105,7 +128,11 @@ class EventStream:
 
     async def __aenter__(self) -> Self:
         self._start()
-        await established(self._subscriptions, conf.CONNECT_TIMEOUT)
+        try:
+            await established(self._subscriptions, conf.CONNECT_TIMEOUT)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -117,7 +144,7 @@ class EventStream:
         self.close()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        if not self._subscriptions and not self._closed:
+        if not self._started:
             async with self:
                 while (heard := await self.aget()) is not None:
                     yield heard
@@ -126,7 +153,8 @@ class EventStream:
             yield event
 
     async def aget(self) -> Event | None:
-        """The next event; None once closed."""
+        """As :meth:`get`, from async code and without a timeout."""
+        self._check_process()
         while True:
             with self._changed:
                 if self._ready() or self._closed:
@@ -137,9 +165,10 @@ class EventStream:
     # -- the listener's thread ----------------------------------------------------------------
 
     def _start(self) -> None:
-        if self._subscriptions or self._closed:
+        if self._started:
             raise InvalidArgument("This subscription was used before; call subscribe() again.")
-        intake = Intake(self._topics, self._using, self, self.stats)
+        self._started = True
+        intake = Intake(self._topics, conf.rows_database(self._using), self, self.stats)
 
         def on_gap(since: datetime | None, until: datetime, cause: str) -> None:
             intake.gap(since, until, cause, for_leader=False)
@@ -148,7 +177,26 @@ class EventStream:
         for number, channel in enumerate(sorted(intake.channels)):
             # One of them tells of gaps: the connection is the same for all.
             self._subscriptions.append(
-                listener.subscribe(channel, intake.notified, on_gap if number == 0 else None)
+                listener.subscribe(
+                    channel,
+                    intake.notified,
+                    on_gap if number == 0 else None,
+                    self._listener_ended,
+                )
+            )
+
+    def _listener_ended(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._wake()
+
+    def _check_process(self) -> None:
+        if not self._started:
+            raise InvalidArgument("Enter the subscription first: with subscribe(...) as events.")
+        if self._pid != os.getpid():
+            raise ListenError(
+                f"This subscription belongs to process {self._pid}; a forked child calls "
+                f"subscribe() itself."
             )
 
     def dispatch(self, events: Sequence[Event], size: int) -> None:
@@ -162,8 +210,9 @@ class EventStream:
                 if self._dropped is None and len(self._events) < self._max_waiting:
                     self._events.append(event)
                 else:
-                    since = event.published_at if self._dropped is None else self._dropped[0]
-                    self._dropped = (min(since, event.published_at), event.published_at)
+                    at = event.published_at
+                    since, until = self._dropped or (at, at)
+                    self._dropped = (min(since, at), max(until, at))
                     self.stats.add("dropped")
             self._wake()
 
@@ -181,7 +230,7 @@ class EventStream:
     # -- with the lock held ---------------------------------------------------------------------
 
     def _ready(self) -> bool:
-        return bool(self._events) or self._dropped is not None
+        return bool(self._events) or self._dropped is not None or self._ended
 
     def _take(self) -> Event | None:
         if not self._events and self._dropped is not None:
@@ -191,6 +240,8 @@ class EventStream:
                 gap_event(topic, since=since, until=until, cause=cause, using=self._using)
                 for topic in self._topics
             )
+        if not self._events and self._ended and not self._closed:
+            raise ListenError("The listener of this process has ended; call subscribe() again.")
         return self._events.popleft() if self._events else None
 
     def _wake(self) -> None:

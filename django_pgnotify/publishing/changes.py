@@ -127,6 +127,11 @@ def remember(
             loaded[name] = value
 
 
+def forget(model: type[Model], instance: Model) -> None:
+    """Note that nothing is known of what the database has."""
+    _loaded(model, instance).clear()
+
+
 def _loaded(model: type[Model], instance: Model) -> dict[str, Any]:
     everything: dict[type[Model], dict[str, Any]]
     everything = vars(instance._state).setdefault(_LOADED, {})

@@ -16,6 +16,7 @@ from django.db.models.signals import (
     post_delete,
     post_init,
     post_save,
+    pre_save,
 )
 
 from ..conf import conf
@@ -149,6 +150,7 @@ def _connect(sender: type[Model], publication: Publication) -> None:
     if publication.fields and (sender, publication.label) not in _watched:
         _watched.add((sender, publication.label))
         post_init.connect(_loaded, sender=sender, dispatch_uid=_UID)
+        pre_save.connect(_saving, sender=sender, dispatch_uid=_UID)
         changes.watch_refresh(sender, publication.model, publication.fields)
     for field in publication.model._meta.local_many_to_many:
         # A through model named by a string may not be loaded yet.
@@ -208,6 +210,13 @@ def _loaded(sender: type[Model], instance: Model, **kwargs: Any) -> None:
         changes.remember(publication.model, instance, publication.fields)
 
 
+def _saving(sender: type[Model], instance: Model, **kwargs: Any) -> None:
+    """Values that were given to the constructor, not loaded, say nothing of a row there may be."""
+    if instance._state.adding:
+        for publication in _publications_of(sender):
+            changes.forget(publication.model, instance)
+
+
 def _saved(
     sender: type[Model],
     instance: Model,
@@ -229,8 +238,9 @@ def _saved(
             action: Action = "created" if created else "updated"
             _emit(publication, action, instance, using, changed, update_fields)
         if names:
-            in_transaction = connections[using].in_atomic_block
-            changes.remember(model, instance, names, update_fields, may_roll_back=in_transaction)
+            # A row whose creation is rolled back has no later update to compare.
+            doubtful = not created and connections[using].in_atomic_block
+            changes.remember(model, instance, names, update_fields, may_roll_back=doubtful)
 
 
 def _deleted(sender: type[Model], instance: Model, using: str, **kwargs: Any) -> None:

@@ -74,11 +74,7 @@ class InMemoryBus:
         for outgoing in events:
             if outgoing.body not in self._delivered:
                 self._delivered.add(outgoing.body)
-                try:
-                    self._dispatch(to_event(outgoing))
-                except Exception as exc:  # noqa: BLE001 - kept for the test
-                    # Raised from here, the commit buffer would log it and go on.
-                    self._error = self._error or exc
+                self._dispatch(to_event(outgoing))
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -112,6 +108,7 @@ class InMemoryBus:
                     value, topic=topic, source=source, received_at=now, resolve=resolve_row
                 )
             self._dispatch(event)
+        self._raise_error()
 
     def gap(self, cause: str = "a test says so", topics: Iterable[str] | None = None) -> None:
         """As if frames might have been missed: receivers with ``on_gap`` are told."""
@@ -121,6 +118,7 @@ class InMemoryBus:
                 for topic in dict.fromkeys(s.topic for s in route.subscriptions):
                     event = gap_event(topic, since=None, until=now, cause=cause)
                     self._call(route.receiver, event)
+        self._raise_error()
 
     def _dispatch(self, event: Event) -> None:
         self.events.append(event)
@@ -137,7 +135,10 @@ class InMemoryBus:
             _run(receiver, event)
         except Exception as exc:
             if self._raise_errors:
-                raise
+                # Raised from here, it would keep the event from other receivers, and the commit
+                # buffer would log it and go on.
+                self._error = self._error or exc
+                return
             logger.exception("Receiver %s failed on event %s", receiver.uid, event.id)
             signals.receiver_failed.send_robust(
                 receiver.func, event=event, exception=exc, attempt=1, will_retry=False

@@ -16,6 +16,7 @@ from django.core.cache import cache
 from django.dispatch import Signal
 
 from django_pgnotify import signals
+from django_pgnotify.listening.background import stop_all
 from django_pgnotify.registry import registry
 from tests.snippets import ROOT, Snippet, snippets
 from tests.testapp import models
@@ -60,6 +61,7 @@ def shop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with registry.isolated():
         yield
     cache.clear()
+    stop_all()  # what subscribe() has started
 
 
 def run(snippet: Snippet, namespace: dict[str, Any]) -> None:

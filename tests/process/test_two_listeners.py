@@ -125,7 +125,11 @@ def test_after_its_backend_is_terminated_somebody_leads_again_and_each_event_is_
     terminate(leader_backend())
     leader.wait_for_line(READY, count=2)
     deadline = time.monotonic() + 10
-    while not (led := query("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted")):
+    locks = (
+        "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND database ="
+        " (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    while not (led := query(locks)):
         assert time.monotonic() < deadline
     assert len(led) == 1
     new_leader = standby if LEADS in standby.stderr else leader

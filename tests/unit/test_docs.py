@@ -153,6 +153,14 @@ def test_every_option_of_a_command_that_a_page_names_exists(path: Path) -> None:
         assert named <= set(own_options(name))
 
 
+@pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_make_target_that_a_page_names_exists(path: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"(?:\$ |`)make ([a-z][\w-]*)", text)) <= targets
+
+
 def test_the_changelog_begins_with_the_version_of_the_code() -> None:
     versions = re.findall(
         r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
@@ -205,6 +213,11 @@ def test_the_api_reference_has_every_public_name() -> None:
 
 def errors() -> list[tuple[str, type]]:
     return inspect.getmembers(exceptions, inspect.isclass)
+
+
+def test_the_options_of_a_receiver_are_listed() -> None:
+    options = set(inspect.signature(django_pgnotify.receiver).parameters) - {"source"}
+    assert set(first_column(page("how-to/receivers.md"))) == options
 
 
 def test_the_members_of_a_forwarded_message_are_listed() -> None:

@@ -20,6 +20,7 @@ from django_pgnotify.dispatching.service import Service
 from django_pgnotify.events import Event, check_topic
 from django_pgnotify.exceptions import InvalidTopic, UnsupportedDatabase
 from django_pgnotify.listening.probe import probe
+from django_pgnotify.management.arguments import count, seconds
 from django_pgnotify.publishing.sender import check_alias
 
 
@@ -52,13 +53,13 @@ class Command(BaseCommand):
         )
         parser.add_argument(
             "--concurrency",
-            type=_count,
+            type=count,
             metavar="N",
             help="receivers that may run at once (default: PGNOTIFY_CONCURRENCY)",
         )
         parser.add_argument(
             "--shutdown-timeout",
-            type=_seconds,
+            type=seconds,
             metavar="SECONDS",
             help="what running receivers get to finish after the first signal "
             "(default: PGNOTIFY_SHUTDOWN_TIMEOUT)",
@@ -178,17 +179,3 @@ def _note(events: Sequence[Event], first: asyncio.Event) -> None:
 async def _stop_after(first: asyncio.Event, service: Service) -> None:
     await first.wait()
     service.stop()
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return value

@@ -13,6 +13,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django_pgnotify.conf import conf
 from django_pgnotify.exceptions import ListenError, UnsupportedDatabase
 from django_pgnotify.listening.roll_call import RollCall, call_the_roll
+from django_pgnotify.management.arguments import seconds
 from django_pgnotify.publishing.sender import check_alias
 
 WELL, NOT_WELL, UNREACHABLE = 0, 1, 2
@@ -33,7 +34,7 @@ class Command(BaseCommand):
         )
         parser.add_argument(
             "--timeout",
-            type=float,
+            type=seconds,
             default=1.0,
             metavar="SECONDS",
             help="how long listeners have to answer (default: 1)",
@@ -66,7 +67,8 @@ class Command(BaseCommand):
         for suspect in roll.suspects:
             self.stdout.write(
                 f"  holds up the queue if it listens: backend {suspect.pid} "
-                f"({suspect.application or 'no name'}, {suspect.user}), {suspect.state} for "
+                f"({suspect.application or 'no name'}, {suspect.user} on {suspect.database}), "
+                f"{suspect.state} for "
                 f"{suspect.seconds:.0f} s {suspect.wait}".rstrip()
             )
         if problem is not None:
@@ -119,8 +121,10 @@ def _problem(roll: RollCall) -> str | None:
     workers = [status for status in roll.listeners if status["role"] != "in process"]
     if not workers:
         return "No pglisten answers."
-    if {status["role"] for status in workers} == {"standby"}:
-        return "No pglisten is the leader."
+    waiting = {status["leadership"] for status in workers if status["role"] == "standby"}
+    leading = {status["leadership"] for status in workers if status["role"] == "leader"}
+    if waiting - leading:
+        return f"No pglisten is the leader of {', '.join(sorted(waiting - leading))}."
     return None
 
 
