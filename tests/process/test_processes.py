@@ -12,16 +12,12 @@ from tests.processes import Process, python, run
 # Says "ready", answers SIGTERM and SIGINT with a line, and goes on at the first one.
 POLITE = """
 import signal, sys
-asked = []
-def ask(number, frame):
-    asked.append(number)
-    print("asked", signal.Signals(number).name, flush=True)
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, ask)
+polite = {signal.SIGTERM, signal.SIGINT}
+signal.pthread_sigmask(signal.SIG_BLOCK, polite)
 print("ready", flush=True)
 print("to stderr", file=sys.stderr, flush=True)
-while len(asked) < 2:
-    signal.pause()
+for _ in range(2):
+    print("asked", signal.Signals(signal.sigwait(polite)).name, flush=True)
 sys.exit(3)
 """
 
