@@ -219,6 +219,26 @@ async def test_a_server_that_stops_and_starts_on_its_port_is_found_again(
     assert len(sink.of("gap")) == 1
 
 
+async def test_a_fail_over_to_another_server_is_followed_and_told_as_a_gap(
+    sink: Sink, start_server: Callable[..., EmbeddedPostgres]
+) -> None:
+    """The parameters name both, as libpq lets them; the first that answers is the primary."""
+    old, new = [await asyncio.to_thread(start_server) for _ in range(2)]
+    await asyncio.to_thread(new.stop)
+    both = {"HOST": f"{old.host},{new.host}", "PORT": f"{old.port},{new.port}"}
+    with alias_at("both", **both, NAME="postgres", USER="postgres", PASSWORD="") as alias:
+        async with running(Listener(alias, ["jobs"], sink)):
+            await sink.until("established")
+            await asyncio.to_thread(old.stop, "immediate")
+            await asyncio.to_thread(new.start)
+            await sink.until("established", 2)
+            async with client(new.url()) as other:
+                await anotify(other, "jobs", "from the new primary")
+            await sink.until("heard")
+    assert sink.of("heard") == ["from the new primary"]
+    assert sink.kinds.index("gap") < sink.kinds.index("heard")
+
+
 async def test_a_session_that_was_unlistened_behind_our_back_is_replaced(
     sink: Sink, settings: Settings
 ) -> None:
