@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.db import close_old_connections, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from .. import signals
 from ..backoff import Backoff
@@ -43,7 +43,6 @@ HYGIENE_INTERVAL = 1.0
 
 RETRY_BASE = 0.2
 RETRY_CAP = 30.0
-_CLOSE_TIMEOUT = 1.0
 
 
 @dataclass(slots=True)
@@ -75,10 +74,8 @@ class Runner:
         self._stats = stats
         self._ended = ended
         self._slots = asyncio.Semaphore(concurrency)
-        self._threads = ThreadPoolExecutor(
-            concurrency, thread_name_prefix="pgnotify-receiver", initializer=self._count_thread
-        )
-        self._thread_count = 0
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="pgnotify-receiver")
+        self._connections: set[BaseDatabaseWrapper] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._closed = False
@@ -102,14 +99,8 @@ class Runner:
         self._stopping.set()
         for task in self._tasks:
             task.cancel()
-        if drained and self._thread_count:
-            everyone = threading.Barrier(self._thread_count)
-            closing = [
-                self._in_thread(_close_connections, everyone) for _ in range(self._thread_count)
-            ]
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_TIMEOUT):
-                    await asyncio.gather(*closing)
+        if drained:
+            await asyncio.to_thread(self._close_connections)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self, lane: Lane) -> None:
@@ -167,6 +158,7 @@ class Runner:
             return "empty"
         finally:
             close_old_connections()
+            self._connections.update(connections.all(initialized_only=True))
 
     def _attempt(self, lane: Lane, attempts: _Attempts) -> _Attempts | None:
         """Call the receiver; returns what is to be tried again."""
@@ -184,8 +176,11 @@ class Runner:
         self._stats.add("handled")
         return None
 
-    def _count_thread(self) -> None:
-        self._thread_count += 1
+    def _close_connections(self) -> None:
+        """Close what the threads have kept open (CONN_MAX_AGE); none of them runs any more."""
+        for connection in self._connections:
+            connection.inc_thread_sharing()
+            connection.close()
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -262,10 +257,3 @@ class Runner:
 
 def _first(event: Event) -> _Attempts:
     return _Attempts(event, Backoff(RETRY_BASE, RETRY_CAP))
-
-
-def _close_connections(everyone: threading.Barrier) -> None:
-    """Close this thread's connections; each thread of the pool takes part once."""
-    connections.close_all()
-    with suppress(threading.BrokenBarrierError):
-        everyone.wait(_CLOSE_TIMEOUT)

@@ -658,7 +658,9 @@ async def test_flush_forgets_groups_and_messages_everywhere(make_layer: MakeLaye
     await ours.send(here, {"type": "waiting"})
     await other.send(there, {"type": "waiting"})
     await ours.flush()
-    await passed(other)
+    # Behind the flush, on the same way: once it is here, so was the flush.
+    await ours.send(there, {"type": "behind"})
+    assert await take(other, there) == {"type": "behind"}
     await ours.group_send("room", {"type": "nobody"})
     await fence(ours, here)
     await fence(other, there)
