@@ -128,14 +128,14 @@ class Session:
         self.listened_to |= channels
         self._changing, self._change_due = frozenset(), None
         # The session itself is proven, so a committed LISTEN is all a new channel needs.
-        return [Established(self.listened_to), *self._change_channels(now)]
+        return [self._heard(), *self._change_channels(now)]
 
     def unlistened(self, now: float, channels: frozenset[str]) -> list[Command]:
         if self.state != "established":
             return []
         self.listened_to -= channels
         self._changing, self._change_due = frozenset(), None
-        return [Established(self.listened_to), *self._change_channels(now)]
+        return [self._heard(), *self._change_channels(now)]
 
     def echoed(
         self, now: float, nonce: str, listening: frozenset[str] | None = None
@@ -173,7 +173,7 @@ class Session:
         if self._wants_to_lead:
             # Whoever waits for "established" may publish at once, and expect the leader to act.
             commands.append(self._try_lead(now, at_once=True))
-        commands.append(Established(self.listened_to))
+        commands.append(self._heard())
         if self._held:
             commands.append(Deliver(self._held))
             self._held = []
@@ -243,7 +243,7 @@ class Session:
         if self.state != "established":
             return []
         if self.wanted == self.listened_to and not self._changing:
-            return [Established(self.listened_to)]
+            return [self._heard()]
         return self._change_channels(now)
 
     def tick(self, now: float) -> list[Command]:
@@ -299,6 +299,10 @@ class Session:
         self._echo_due = now + self.timing.heartbeat_timeout
         self._set_alarm()
         return [Echo(self._nonce)]
+
+    def _heard(self) -> Command:
+        # What is about to be left does not count: whoever wants it again by then waits for LISTEN.
+        return Established(self.listened_to & self.wanted)
 
     def _try_lead(self, now: float, *, at_once: bool = False) -> Command:
         self._next_try = now + self.timing.leader_poll_interval

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from django.db import connections, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.signals import connection_created
 from django.utils.connection import ConnectionDoesNotExist
 
 from .. import signing
@@ -58,7 +61,7 @@ class NotifyTransport:
         ]
 
     def _notify(self, frames: list[tuple[str, str]], using: str) -> None:
-        with connections[using].cursor() as cursor:
+        with _own_connection(using).cursor() as cursor:
             if len(frames) == 1:
                 cursor.execute(_NOTIFY_ONE, frames[0])
             else:
@@ -69,6 +72,27 @@ class NotifyTransport:
                     cursor.execute(_NOTIFY_MANY, [list(channels), list(payloads)])
         publishing_stats.add("frames", len(frames))
 
+
+def _own_connection(using: str) -> BaseDatabaseWrapper:
+    """The Django connection of ``using``, made anew where it is one inherited through a fork.
+
+    Two processes that talk on one socket get each other's answers.
+    """
+    connection = connections[using]
+    opened_by = getattr(connection, _OPENED_BY, None)
+    if opened_by not in (None, os.getpid()) and not connection.in_atomic_block:
+        _inherited.append(connection.connection)  # to collect it could end the parent's session
+        connection.connection = None
+    return connection
+
+
+def _note_process(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
+    setattr(connection, _OPENED_BY, os.getpid())
+
+
+_OPENED_BY = "_pgnotify_opened_by"
+_inherited: list[Any] = []
+connection_created.connect(_note_process, dispatch_uid="django_pgnotify")
 
 _transport: Transport = NotifyTransport()
 
