@@ -72,15 +72,18 @@ class ListenConnection:
             CannotConnect: refused, not answered within ``timeout`` seconds, or not permitted.
             StandbyServer: the server is a standby.
         """
+        raw: psycopg.AsyncConnection[Any] | None = None
         try:
             async with asyncio.timeout(timeout):
                 raw = await psycopg.AsyncConnection.connect(
                     **with_keepalives(params, timeout), autocommit=True
                 )
-        except TimeoutError as exc:
-            raise CannotConnect(f"no answer within {timeout:g} s") from exc
+        except TimeoutError:
+            pass  # told below, not here: the frames of this error hold the half-open connection
         except (psycopg.Error, OSError) as exc:
             raise CannotConnect(first_line(exc)) from exc
+        if raw is None:
+            raise CannotConnect(f"no answer within {timeout:g} s")
         connection = cls(raw, on_input)
         try:
             await connection._introduce(timeout)

@@ -332,11 +332,12 @@ class Listener:
         try:
             return await self._opening
         except asyncio.CancelledError:
-            if self._stop_requested and self._opening.cancelled():
-                raise ConnectionLost("told to stop while connecting") from None
-            raise
+            if not (self._stop_requested and self._opening.cancelled()):
+                raise
         finally:
             self._opening = None
+        # Not from inside the handler: the frames of that error hold the half-open connection.
+        raise ConnectionLost("told to stop while connecting")
 
     def _open(self) -> ListenConnection:
         if self._connection is None:
