@@ -18,23 +18,19 @@ from .. import signals
 from ..backoff import Backoff
 from ..conf import conf
 from ..exceptions import ConnectionLost, ListenError
-from ..wire import CHANNEL_LIMIT, PAYLOAD_LIMIT, byte_length, wire_channel
+from ..wire import wire_channel
 from . import commands as todo
 from .commands import Command
 from .connection import ListenConnection, Notification, first_line
 from .leadership import Acquired, LeaderLock
 from .session import Session, Timing
 from .sink import Sink
+from .status import STATUS_CHANNEL, may_reply_on, status_payload
 
 logger = logging.getLogger("django_pgnotify.listening")
 
 BACKOFF_BASE = 0.1
 """Upper bound, in seconds, of the first pause between attempts to connect."""
-
-STATUS_CHANNEL = "pgnotify.status"
-"""Whoever sends the name of a reply channel here gets the status of every listener there."""
-
-REPLY_PREFIX = "pgnotify.reply."
 
 _ECHO = (
     b"SELECT pg_notify($1, $2), (SELECT json_agg(channel) FROM pg_listening_channels() AS channel)"
@@ -48,15 +44,6 @@ def connection_params(using: str) -> dict[str, Any]:
     for name in ("cursor_factory", "context", "prepare_threshold"):
         params.pop(name, None)
     return params
-
-
-def _status_payload(status: dict[str, Any]) -> str:
-    """A status as NOTIFY payload; of too many topics only the first ones are named."""
-    text = json.dumps(status)
-    while byte_length(text) > PAYLOAD_LIMIT and status["topics"]:
-        status = status | {"topics": status["topics"][: len(status["topics"]) // 2]}
-        text = json.dumps(status)
-    return text
 
 
 class Listener:
@@ -89,7 +76,6 @@ class Listener:
         prefix = conf.CHANNEL_PREFIX
         self._echo_channel = wire_channel(f"pgnotify.echo.{secrets.token_hex(8)}", prefix)
         self._status_channel = wire_channel(STATUS_CHANNEL, prefix)
-        self._reply_prefix = prefix + REPLY_PREFIX
         self._lock = None if leadership is None else LeaderLock(leadership, prefix)
         self._leader_channel = None if self._lock is None else self._lock.channel
         own = (self._echo_channel, self._status_channel, self._leader_channel)
@@ -237,13 +223,11 @@ class Listener:
         await self._carry_out(self.session.echoed(self._now(), nonce, self._server_listens))
 
     async def _answer(self, channel: str) -> None:
-        if not channel.startswith(self._reply_prefix) or byte_length(channel) > CHANNEL_LIMIT:
-            return  # anybody may NOTIFY anything
-        if self._connection is not None:
+        if self._connection is not None and may_reply_on(channel, conf.CHANNEL_PREFIX):
             try:
                 await self._connection.execute(
                     b"SELECT pg_notify($1, $2)",
-                    (channel, _status_payload(self._sink.status())),
+                    (channel, status_payload(self._sink.status())),
                     timeout=self._timeout,
                 )
             except (ListenError, psycopg.Error) as exc:

@@ -16,7 +16,8 @@ from ..conf import conf
 from ..exceptions import ConnectionLost
 from ..wire import wire_channel
 from .connection import ListenConnection, Notification, first_line
-from .listener import REPLY_PREFIX, STATUS_CHANNEL, connection_params
+from .listener import connection_params
+from .status import REPLY_PREFIX, STATUS_CHANNEL
 
 _STATUS = {"node": str, "pid": int, "role": str, "topics": list, "established": bool}
 _QUEUE = b"SELECT pg_notification_queue_usage()"
