@@ -293,6 +293,8 @@ class Listener:
                 self._sink.established(channels)
                 await signals.listener_established.asend_robust(self, using=self.using)
             case todo.Lost(cause, retry_in):
+                # First, so that nobody is promised anything by a listener known to be deaf.
+                self._sink.lost(cause, retry_in)
                 logger.warning(
                     "Listener on database %r is not established: %s; next attempt in %.1f s",
                     self.using,
@@ -300,7 +302,6 @@ class Listener:
                     retry_in,
                     extra={"using": self.using, "cause": cause, "retry_in": retry_in},
                 )
-                self._sink.lost(cause, retry_in)
             case todo.Close():
                 self._unread.clear()
                 self._established_since = None
