@@ -48,7 +48,9 @@ def test_a_sound_project_has_no_complaint() -> None:
 
 def test_the_checks_run_with_manage_check() -> None:
     with override_settings(PGNOTIFY_TYPO=1):
-        assert "pgnotify.E003" in {message.id for message in checks.run_checks()}
+        # By tag: from Django 6.1 on, other apps' checks may ask the database.
+        messages = checks.run_checks(tags=["pgnotify"])
+    assert "pgnotify.E003" in {message.id for message in messages}
 
 
 def test_every_complaint_has_a_hint() -> None:

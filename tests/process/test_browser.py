@@ -16,7 +16,9 @@ import pytest
 from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.expected_conditions import url_to_be
 from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.process.shop import Shop, Web
 from tests.processes import ROOT
@@ -130,7 +132,7 @@ def open_board(chromium: WebDriver, web: Web) -> None:
         chromium.find_element(By.CSS_SELECTOR, "[type=submit]").click()
     else:  # logged in already, for all ports of the host
         chromium.get(f"{web.url}/")
-    assert chromium.current_url == f"{web.url}/"
+    WebDriverWait(chromium, DEADLINE).until(url_to_be(f"{web.url}/"))
     connection_is(chromium, "live")
     console_errors(chromium)
     chromium.execute_script("window.sinceTheLoad = true")
