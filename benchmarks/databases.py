@@ -7,12 +7,23 @@ share one.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import psycopg
 
 from example_project.embedded import EmbeddedPostgres
 
 SETTINGS = "benchmarks.shop.settings"
+
+Disk = Literal["none", "real", "slow"]
+"""``none``: fsync is off, and the CPU is what limits. ``real``: the WAL is flushed at each commit,
+as in production. ``slow``: that takes SLOW_FLUSH µs more, as on a disk that is not next door."""
+
+SLOW_FLUSH = 2000
 
 _free: list[str] = []
 
@@ -20,14 +31,19 @@ _free: list[str] = []
 @contextmanager
 def served() -> Iterator[EmbeddedPostgres]:
     """Start the server, and set Django up on it in this process."""
-    with EmbeddedPostgres(version=18) as server:
-        set_up(server.port)
-        from benchmarks.shop.settings import ALIASES, TEMPLATE
+    with tempfile.TemporaryDirectory(prefix="pgnotify-bench-") as folder:
+        # PostgreSQL does not run as root, and has to reach its data.
+        Path(folder).chmod(0o755)
+        data_dir = Path(folder) / "data"
+        with EmbeddedPostgres(data_dir, version=18, options={"max_connections": 300}) as server:
+            set_up(server.port)
+            from benchmarks.shop.settings import ALIASES, TEMPLATE
 
-        server.create_database(TEMPLATE)
-        _make_tables()
-        _free[:] = ALIASES
-        yield server
+            _use_disk("none")
+            server.create_database(TEMPLATE)
+            _make_tables()
+            _free[:] = ALIASES
+            yield server
 
 
 def set_up(port: int = 0) -> None:
@@ -48,8 +64,8 @@ def _make_tables() -> None:
 
 
 @contextmanager
-def database() -> Iterator[str]:
-    """A fresh database; its alias, which is its name too."""
+def database(disk: Disk = "none") -> Iterator[str]:
+    """A fresh database; its alias, which is its name too. All that are open have the same disk."""
     from django.db import connections
 
     from benchmarks.shop.settings import TEMPLATE
@@ -57,18 +73,28 @@ def database() -> Iterator[str]:
     if not _free:
         raise RuntimeError("more variants in one case than aliases in shop/settings.py")
     alias = _free.pop(0)
+    _use_disk("none")
     _administer(f"CREATE DATABASE {alias} TEMPLATE {TEMPLATE}")
+    if disk == "slow":
+        _administer(f"ALTER DATABASE {alias} SET commit_delay = {SLOW_FLUSH}")
+        _administer(f"ALTER DATABASE {alias} SET commit_siblings = 0")
+    _use_disk(disk)
     try:
         yield alias
     finally:
         connections[alias].close()
+        _use_disk("none")
         _administer(f"DROP DATABASE {alias} WITH (FORCE)")
         _free.append(alias)
 
 
-def _administer(sql: str) -> None:
-    import psycopg
+def _use_disk(disk: Disk) -> None:
+    for setting in ("fsync", "full_page_writes"):
+        _administer(f"ALTER SYSTEM SET {setting} = {'off' if disk == 'none' else 'on'}")
+    _administer("SELECT pg_reload_conf()")
 
+
+def _administer(sql: str) -> None:
     with psycopg.connect(dsn("postgres"), autocommit=True) as connection:
         connection.execute(sql.encode())
 
@@ -77,8 +103,3 @@ def dsn(name: str) -> str:
     from benchmarks.shop.settings import HOST
 
     return f"host={HOST} port={os.environ['BENCHMARK_PORT']} user=postgres dbname={name}"
-
-
-def environ(alias: str) -> dict[str, str]:
-    """What makes ``alias`` the default database of another process."""
-    return {"BENCHMARK_DATABASE": alias}

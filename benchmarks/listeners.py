@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import psycopg
+
 from benchmarks.databases import dsn
-from benchmarks.recording import Recording
+from benchmarks.frame import CannotRun
+from benchmarks.peers import libpq as c
+from benchmarks.recording import LostEvents, Recording
 from tests.processes import Process
 
 
@@ -18,15 +24,29 @@ from tests.processes import Process
 class Listener:
     process: Process
     recording: Recording
+    ready_after: float
+    """Seconds from its start until it listened."""
+
+    def take(self, count: int) -> list[int]:
+        """The times of the next ``count`` calls of its receivers, in ns; waits for them."""
+        try:
+            return self.recording.take(count)
+        except LostEvents as exc:
+            said = self.process.stderr.strip().splitlines()[-1:] or ["nothing"]
+            raise LostEvents(f"{exc}; the listener says {said[0]}") from exc
+
+    def rss(self) -> float:
+        """Resident memory, in MB."""
+        return float(psutil.Process(self.process.pid).memory_info().rss) / 1e6
+
+    def cpu_seconds(self) -> float:
+        """CPU time used so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
 
 
-@contextmanager
-def _started(arguments: list[str], ready: str, environ: Mapping[str, str]) -> Iterator[Listener]:
-    with tempfile.TemporaryDirectory(prefix="pgnotify-bench-") as folder:
-        recording = Recording(Path(folder) / "times")
-        with Process([sys.executable, *arguments], env={**environ, **recording.environ}) as process:
-            process.wait_for_line(ready)
-            yield Listener(process, recording)
+Listen = Callable[[str], AbstractContextManager[Listener]]
+"""Starts a listener on the database of an alias."""
 
 
 @contextmanager
@@ -35,8 +55,8 @@ def pglisten(
 ) -> Iterator[Listener]:
     """``pglisten`` as it comes; ``receiver`` is one of the kinds in ``shop/receivers.py``."""
     with _started(
-        ["-m", "django", "pglisten"],
-        "^pglisten: ready",
+        [sys.executable, "-m", "django", "pglisten"],
+        lambda process: process.wait_for_line("^pglisten: ready"),
         {"BENCHMARK_DATABASE": alias, "BENCHMARK_RECEIVER": receiver, **(environ or {})},
     ) as listener:
         yield listener
@@ -44,11 +64,72 @@ def pglisten(
 
 @contextmanager
 def naive(alias: str) -> Iterator[Listener]:
-    from benchmarks.shop.models import Naive, NaiveLoad
-    from benchmarks.shop.naive import BURST
+    """A psycopg ``notifies()`` loop."""
+    from benchmarks.shop.naive import CHANNELS
 
-    channels = [BURST, Naive._meta.label_lower, NaiveLoad._meta.label_lower]
     with _started(
-        ["-m", "benchmarks.peers.naive", dsn(alias), *channels], "^ready", {}
+        [sys.executable, "-m", "benchmarks.peers.naive", dsn(alias), *CHANNELS],
+        lambda process: process.wait_for_line("^ready"),
     ) as listener:
         yield listener
+
+
+@contextmanager
+def libpq(alias: str) -> Iterator[Listener]:
+    """The same in C, without decoding; it hears of bursts alone."""
+    from benchmarks.shop.naive import BURST
+
+    with tempfile.TemporaryDirectory(prefix="pgnotify-bench-") as folder:
+        program = c.compiled(Path(folder))
+        with _started(
+            [str(program), dsn(alias), BURST],
+            lambda process: process.wait_for_line("^ready"),
+            add_path=True,
+        ) as listener:
+            yield listener
+
+
+@contextmanager
+def pgpubsub(alias: str) -> Iterator[Listener]:
+    """django-pgpubsub's own command: its worker alone, and silent about each notification."""
+    from benchmarks.shop.settings import PUBSUB_INSTALLED
+
+    if not PUBSUB_INSTALLED:
+        raise CannotRun("django-pgpubsub is not installed (make bench installs it)")
+    with _started(
+        [sys.executable, "-m", "django", "listen", "--worker", "--loglevel=warning"],
+        lambda process: _wait_for_session(process, alias),
+        {"BENCHMARK_DATABASE": alias, "BENCHMARK_PEER": "pubsub"},
+    ) as listener:
+        yield listener
+
+
+@contextmanager
+def _started(
+    arguments: Sequence[str],
+    wait_until_ready: Callable[[Process], object],
+    environ: Mapping[str, str] | None = None,
+    add_path: bool = False,
+) -> Iterator[Listener]:
+    with tempfile.TemporaryDirectory(prefix="pgnotify-bench-") as folder:
+        recording = Recording(Path(folder) / "times")
+        extra = [str(recording.path)] if add_path else []
+        begun = time.monotonic()
+        with Process([*arguments, *extra], env={**(environ or {}), **recording.environ}) as process:
+            wait_until_ready(process)
+            yield Listener(process, recording, time.monotonic() - begun)
+
+
+_LISTENS = (
+    "SELECT 1 FROM pg_stat_activity WHERE datname = %s AND state = 'idle' AND query = 'COMMIT'"
+)
+
+
+def _wait_for_session(process: Process, name: str, timeout: float = 30.0) -> None:
+    """It says nothing when it listens: wait until the transaction that did so has ended."""
+    deadline = time.monotonic() + timeout
+    with psycopg.connect(dsn("postgres"), autocommit=True) as connection:
+        while not connection.execute(_LISTENS, (name,)).fetchone():
+            if process.returncode is not None or time.monotonic() > deadline:
+                raise CannotRun(f"it does not listen: {process.stderr.strip()[-200:]}")
+            time.sleep(0.005)

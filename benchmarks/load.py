@@ -10,17 +10,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from django.db import models
-
+from benchmarks.ways import Way
 from tests.processes import Process
 
 
 @contextmanager
-def load(alias: str, model: type[models.Model], rate: int) -> Iterator[None]:
-    """``rate`` rows of ``model`` a second, for as long as the block lasts."""
+def load(alias: str, way: Way, rate: int) -> Iterator[None]:
+    """``rate`` rows of the way's model for it a second, for as long as the block lasts."""
     with Process(
-        [sys.executable, "-m", "benchmarks.load", model._meta.label, str(rate)],
-        env={"BENCHMARK_DATABASE": alias},
+        [sys.executable, "-m", "benchmarks.load", way.load, str(rate)],
+        env={"BENCHMARK_DATABASE": alias, **way.environ},
     ) as process:
         process.wait_for_line("^loading")
         yield

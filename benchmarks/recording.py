@@ -29,6 +29,8 @@ def _open(path: str | os.PathLike[str]) -> memoryview:
 def recorder() -> Callable[[object], None]:
     """The receiver of a listener process: notes the time of each call."""
     times = _open(os.environ[VARIABLE])
+    for _ in times[:: mmap.PAGESIZE // 8]:
+        pass  # all of it is resident from here on, and does not pass for growth later
     place = itertools.count().__next__
     now = time.monotonic_ns
     mask = SLOTS - 1
@@ -48,19 +50,27 @@ class Recording:
 
     def __init__(self, path: Path) -> None:
         path.write_bytes(bytes(SLOTS * 8))
+        self.path = path
         self.environ = {VARIABLE: str(path)}
         self._times = _open(path)
         self._taken = 0
         self._latest = 0
 
-    def skip(self) -> None:
-        """Forget the calls so far; only before the ring has begun anew."""
-        while self._times[self._taken] > self._latest:
-            self._taken += 1
-        self._latest = time.monotonic_ns()
+    def take(self, count: int, timeout: float = 60.0) -> list[int]:
+        """The times, in ns, of the next ``count`` calls; waits for them."""
+        if count > SLOTS:
+            raise ValueError(f"count={count}: the ring has {SLOTS} slots")
+        if not self._arrived(count, timeout):
+            arrived = sum(
+                self._times[(self._taken + n) % SLOTS] > self._latest for n in range(count)
+            )
+            raise LostEvents(f"{arrived} of {count} calls within {timeout:g} s")
+        times = [self._times[(self._taken + n) % SLOTS] for n in range(count)]
+        self._taken += count
+        self._latest = max(times)
+        return times
 
-    def wait(self, count: int, timeout: float = 60.0) -> bool:
-        """Wait until receivers were called ``count`` times since the last ``take()``."""
+    def _arrived(self, count: int, timeout: float) -> bool:
         last = (self._taken + count - 1) % SLOTS
         deadline = time.monotonic() + timeout
         while self._times[last] <= self._latest:
@@ -68,21 +78,3 @@ class Recording:
                 return False
             time.sleep(POLL)
         return True
-
-    def take(self, count: int, timeout: float = 60.0) -> list[int]:
-        """The times, in ns, of the next ``count`` calls; waits for them."""
-        if count > SLOTS:
-            raise ValueError(f"count={count}: the ring has {SLOTS} slots")
-        if not self.wait(count, timeout):
-            arrived = sum(
-                self._times[(self._taken + n) % SLOTS] > self._latest for n in range(count)
-            )
-            raise LostEvents(f"{arrived} of {count} calls within {timeout:g} s")
-        times = [self._times[(self._taken + n) % SLOTS] for n in range(count)]
-        self.discard(count)
-        return times
-
-    def discard(self, count: int) -> None:
-        """Forget ``count`` calls that :meth:`wait` has seen."""
-        self._taken += count
-        self._latest = self._times[(self._taken - 1) % SLOTS]

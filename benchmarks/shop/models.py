@@ -57,3 +57,12 @@ class Naive(Row):
 
 class NaiveLoad(Row):
     """As ``Load``, by hand."""
+
+
+class Account(models.Model):
+    """What a business transaction charges."""
+
+    balance = models.IntegerField(default=0)
+
+    def __str__(self) -> str:
+        return f"account {self.pk}"

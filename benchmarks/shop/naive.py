@@ -12,6 +12,8 @@ from django.db.models.signals import post_save
 from .models import FIELDS, Naive, NaiveLoad
 
 BURST = "burst"
+CHANNELS = [BURST, Naive._meta.label_lower, NaiveLoad._meta.label_lower]
+"""What a naive listener hears; it ignores the last."""
 
 
 def payload(model: str, pk: Any, data: dict[str, Any]) -> str:
