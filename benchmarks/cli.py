@@ -1,14 +1,19 @@
-"""The command line: runs scenarios and prints what came out."""
+"""The command line: runs scenarios and writes what came out."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from . import databases, report
+from . import databases, machine, report
+from .chart import chart
 from .frame import CaseResult, Scenario
 from .running import run_case
+
+Results = list[tuple[Scenario, list[CaseResult]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,20 +23,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         for scenario in _scenarios([]):
             print(f"{scenario.name:16} {scenario.title}")
         return 0
-    with databases.served():
-        results = [
-            (scenario, run(scenario, options.quick, options.rounds))
-            for scenario in _scenarios(options.only)
-        ]
+    with databases.served() as server:
+        facts = {"run": "quick" if options.quick else "full", **machine.facts(server)}
+        scenarios = _scenarios(options.only)
+        results = [(each, _run(each, options.quick, options.rounds)) for each in scenarios]
     print(report.summary(results))
+    if options.out is not None:
+        write(options.out, facts, results)
     return 0
 
 
-def run(scenario: Scenario, quick: bool, rounds: int | None) -> list[CaseResult]:
+def _run(scenario: Scenario, quick: bool, rounds: int | None) -> list[CaseResult]:
     results = [run_case(case, rounds or case.rounds, _progress) for case in scenario.cases(quick)]
     _progress("")
     print(report.scenario_section(scenario, results), end="\n\n", flush=True)
     return results
+
+
+def write(folder: Path, facts: Mapping[str, str], results: Results) -> None:
+    """The page, the raw figures, and a chart of each group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, Results] = {}
+    for scenario, of_cases in results:
+        groups.setdefault(scenario.group, []).append((scenario, of_cases))
+    for group, of_group in groups.items():
+        (folder / f"{group}.svg").write_text(chart(group.capitalize(), of_group))
+    (folder / "results.md").write_text(report.page(facts, groups))
+    raw = {"machine": dict(facts), "scenarios": report.raw(results)}
+    (folder / "results.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
 
 
 def _scenarios(only: Sequence[str]) -> list[Scenario]:
@@ -56,4 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--quick", action="store_true", help="smaller, and fewer rounds")
     parser.add_argument("--rounds", type=int, help="instead of what each case wants")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write results.md, results.json and charts"
+    )
     return parser

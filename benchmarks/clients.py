@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 CONTEXT = multiprocessing.get_context("fork")
 ACCOUNTS = 1000
+HUNDRED = 100
 
 
 class Done(NamedTuple):
@@ -43,7 +44,10 @@ class Clients:
         assert self._process.stdout is not None
         self._process.stdin.write(f"{seconds} {calls}\n")
         self._process.stdin.flush()
-        return Done(*map(int, self._process.stdout.readline().split()))
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("a client has failed")
+        return Done(*map(int, line.split()))
 
 
 @contextmanager
@@ -94,33 +98,47 @@ def business(label: str) -> Callable[[int], object]:
 
 
 def save(label: str) -> Callable[[int], object]:
+    """A row by itself, in autocommit."""
     from django.apps import apps
 
     model: Any = apps.get_model(label)
     return lambda number: model(number=number).save()
 
 
-def publish_one(topics: str) -> Callable[[int], object]:
-    """An event on one topic after the other, each by itself."""
-    from benchmarks.shop.naive import BURST
+def publish_one(count: str) -> Callable[[int], object]:
+    """An event on one of ``count`` topics after the other, each by itself."""
+    from benchmarks.shop.naive import topics
     from django_pgnotify import publish
 
-    names = [f"{BURST}{number}" if number else BURST for number in range(int(topics))]
+    names = topics(int(count))
     return lambda number: publish(names[number % len(names)], {"number": number, "status": "new"})
 
 
-def publish_hundred(topics: str) -> Callable[[int], object]:
+def publish_hundred(count: str) -> Callable[[int], object]:
     """The same, a hundred in a transaction."""
     from django.db import transaction
 
-    publish = publish_one(topics)
+    publish = publish_one(count)
 
     def transact(number: int) -> None:
         with transaction.atomic():
-            for each in range(100 * number, 100 * number + 100):
+            for each in range(HUNDRED * number, HUNDRED * (number + 1)):
                 publish(each)
 
     return transact
+
+
+def notify_one(count: str) -> Callable[[int], object]:
+    """As ``publish_one``, by hand."""
+    from benchmarks.shop.naive import notify, payload, topics
+
+    names = topics(int(count))
+
+    def publish(number: int) -> None:
+        name = names[number % len(names)]
+        notify("default", name, payload(name, None, {"number": number, "status": "new"}))
+
+    return publish
 
 
 WORK: dict[str, Callable[[str], Callable[[int], object]]] = {
@@ -128,6 +146,7 @@ WORK: dict[str, Callable[[str], Callable[[int], object]]] = {
     "save": save,
     "publish-one": publish_one,
     "publish-hundred": publish_hundred,
+    "notify-one": notify_one,
 }
 
 
@@ -144,15 +163,19 @@ def main(count: int, work: str, argument: str) -> None:
     made = CONTEXT.Array("q", count, lock=False)
 
     def client(place: int) -> None:
-        while True:
-            barrier.wait()
-            ends, calls = limits
-            number = 0
-            while number < calls and time.monotonic() < ends:
-                call(number)
-                number += 1
-            made[place] = number
-            barrier.wait()
+        try:
+            while True:
+                barrier.wait()
+                ends, calls = limits
+                number = 0
+                while number < calls and time.monotonic() < ends:
+                    call(number)
+                    number += 1
+                made[place] = number
+                barrier.wait()
+        except BaseException:
+            barrier.abort()  # or everybody else would wait for ever
+            raise
 
     processes = [
         CONTEXT.Process(target=client, args=(place,), daemon=True) for place in range(count)

@@ -35,7 +35,7 @@ def served() -> Iterator[EmbeddedPostgres]:
         # PostgreSQL does not run as root, and has to reach its data.
         Path(folder).chmod(0o755)
         data_dir = Path(folder) / "data"
-        with EmbeddedPostgres(data_dir, version=18, options={"max_connections": 300}) as server:
+        with EmbeddedPostgres(data_dir, version=18, options={"max_connections": 600}) as server:
             set_up(server.port)
             from benchmarks.shop.settings import ALIASES, TEMPLATE
 
@@ -83,7 +83,6 @@ def database(disk: Disk = "none") -> Iterator[str]:
         yield alias
     finally:
         connections[alias].close()
-        _use_disk("none")
         _administer(f"DROP DATABASE {alias} WITH (FORCE)")
         _free.append(alias)
 

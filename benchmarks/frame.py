@@ -77,12 +77,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Variants that are measured in turn, and compared with the one called ``reference``."""
+    """Variants that are measured in turn, and compared with ``reference`` if there is one."""
 
     name: str
     metrics: tuple[Metric, ...]
     variants: tuple[Variant, ...]
-    reference: str
+    reference: str | None
     rounds: int
     warmups: int = 1
     targets: tuple[Target, ...] = ()
@@ -92,10 +92,13 @@ class Case:
         metrics = {metric.name for metric in self.metrics}
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name!r}: two variants have one name")
+        if not {self.reference} <= {None, *names}:
+            raise ValueError(f"{self.name!r}: the reference {self.reference!r} is no variant")
         for target in self.targets:
-            unknown = {target.variant, target.against, self.reference} - {None, *names}
-            if unknown or target.metric not in metrics:
-                raise ValueError(f"{self.name!r}: {target.says!r} names what is not there")
+            if not {target.variant, target.against} <= {None, *names}:
+                raise ValueError(f"{self.name!r}: {target.says!r} is about no variant")
+            if target.metric not in metrics:
+                raise ValueError(f"{self.name!r}: {target.says!r} is about no metric")
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,7 @@ class Listener:
         try:
             return self.recording.take(count)
         except LostEvents as exc:
-            said = self.process.stderr.strip().splitlines()[-1:] or ["nothing"]
-            raise LostEvents(f"{exc}; the listener says {said[0]}") from exc
+            raise LostEvents(f"{exc}; {_last_words(self.process)}") from exc
 
     def rss(self) -> float:
         """Resident memory, in MB."""
@@ -63,12 +62,21 @@ def pglisten(
 
 
 @contextmanager
-def naive(alias: str) -> Iterator[Listener]:
-    """A psycopg ``notifies()`` loop."""
-    from benchmarks.shop.naive import CHANNELS
+def naive(alias: str, count: int = 1) -> Iterator[Listener]:
+    """A psycopg ``notifies()`` loop that hears ``count`` topics too."""
+    from benchmarks.shop.models import Naive, NaiveLoad
+    from benchmarks.shop.naive import topics
 
+    heard = ",".join([*topics(count), Naive._meta.label_lower])
     with _started(
-        [sys.executable, "-m", "benchmarks.peers.naive", dsn(alias), *CHANNELS],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.peers.naive",
+            dsn(alias),
+            heard,
+            NaiveLoad._meta.label_lower,
+        ],
         lambda process: process.wait_for_line("^ready"),
     ) as listener:
         yield listener
@@ -116,7 +124,10 @@ def _started(
         extra = [str(recording.path)] if add_path else []
         begun = time.monotonic()
         with Process([*arguments, *extra], env={**(environ or {}), **recording.environ}) as process:
-            wait_until_ready(process)
+            try:
+                wait_until_ready(process)
+            except AssertionError:
+                raise CannotRun(f"it does not start; {_last_words(process)}") from None
             yield Listener(process, recording, time.monotonic() - begun)
 
 
@@ -131,5 +142,10 @@ def _wait_for_session(process: Process, name: str, timeout: float = 30.0) -> Non
     with psycopg.connect(dsn("postgres"), autocommit=True) as connection:
         while not connection.execute(_LISTENS, (name,)).fetchone():
             if process.returncode is not None or time.monotonic() > deadline:
-                raise CannotRun(f"it does not listen: {process.stderr.strip()[-200:]}")
+                raise CannotRun(f"it does not listen; {_last_words(process)}")
             time.sleep(0.005)
+
+
+def _last_words(process: Process) -> str:
+    *_, last = process.stderr.strip().splitlines() or ["nothing"]
+    return f"it says: {last}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from .figures import Spread, ratio, spread
-from .frame import Case, CaseResult, Metric, Scenario, Target
+from .frame import CaseResult, Scenario, Target
 
 
 class Verdict(NamedTuple):
@@ -53,29 +53,33 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def case_table(result: CaseResult) -> str:
     case = result.case
-    header = ["", *(metric.title for metric in case.metrics), f"× {case.reference}"]
+    header = ["", *(metric.title for metric in case.metrics)]
+    if case.reference is not None:
+        header.append(f"× {case.reference}")
     rows = []
     for variant in case.variants:
         values = result.measured.get(variant.name)
         if values is None:
-            reason = result.missing[variant.name]
-            rows.append([variant.name, f"cannot run: {reason}", *[""] * len(case.metrics)])
-            continue
-        cells = [_cell(spread(values[metric.name])) for metric in case.metrics]
-        rows.append([variant.name, *cells, _ratio_cell(result, case.metrics[0], variant.name)])
+            cells = [f"cannot run: {result.missing[variant.name]}"]
+        else:
+            cells = [_cell(spread(values[metric.name])) for metric in case.metrics]
+            compared = compare(result, variant.name)
+            cells += [] if compared is None else [f"{compared.median:.2f}"]
+        rows.append([variant.name, *cells, *[""] * (len(header) - 1 - len(cells))])
     return table(header, rows)
+
+
+def compare(result: CaseResult, variant: str) -> Spread | None:
+    """The first metric of a variant over that of the reference."""
+    reference = result.measured.get(result.case.reference or "")
+    if reference is None:
+        return None
+    metric = result.case.metrics[0].name
+    return ratio(result.measured[variant][metric], reference[metric])
 
 
 def _cell(value: Spread) -> str:
     return f"{number(value.median)} ({number(value.low)}–{number(value.high)})"
-
-
-def _ratio_cell(result: CaseResult, metric: Metric, variant: str) -> str:
-    reference = result.measured.get(result.case.reference)
-    if reference is None:
-        return ""
-    value = ratio(result.measured[variant][metric.name], reference[metric.name])
-    return f"{value.median:.2f}"
 
 
 def summary(results: Iterable[tuple[Scenario, Sequence[CaseResult]]]) -> str:
@@ -93,9 +97,38 @@ def summary(results: Iterable[tuple[Scenario, Sequence[CaseResult]]]) -> str:
 def scenario_section(scenario: Scenario, results: Sequence[CaseResult]) -> str:
     parts = [f"## {scenario.title}", scenario.text]
     for result in results:
-        parts += [f"### {_heading(scenario, result.case)}", case_table(result)]
+        parts += [f"### {result.case.name}", case_table(result)]
     return "\n\n".join(parts)
 
 
-def _heading(scenario: Scenario, case: Case) -> str:
-    return f"{scenario.name}: {case.name}"
+def page(
+    facts: Mapping[str, str], groups: Mapping[str, Sequence[tuple[Scenario, Sequence[CaseResult]]]]
+) -> str:
+    """The whole page of a run."""
+    everything = [each for of_group in groups.values() for each in of_group]
+    parts = [
+        "# Results",
+        (
+            "Medians over all rounds of one run, with the least and the most in brackets. A ratio "
+            "is the median of the ratios of each round. Written by `make bench`; "
+            "[how it is measured](index.md)."
+        ),
+        table(["", "measured on"], facts.items()),
+        "## Targets",
+        summary(everything),
+    ]
+    for group, of_group in groups.items():
+        parts.append(f"![{group}]({group}.svg)")
+        parts += [scenario_section(scenario, results) for scenario, results in of_group]
+    return "\n\n".join(parts) + "\n"
+
+
+def raw(results: Iterable[tuple[Scenario, Sequence[CaseResult]]]) -> dict[str, Any]:
+    """Every figure of every round, and why there is none."""
+    return {
+        scenario.name: {
+            result.case.name: {"measured": result.measured, "missing": result.missing}
+            for result in of_cases
+        }
+        for scenario, of_cases in results
+    }

@@ -48,7 +48,8 @@ def run_case(case: Case, rounds: int, progress: Callable[[str], None]) -> CaseRe
 
 
 def _reason(exc: Exception) -> str:
-    if isinstance(exc, CannotRun):
-        return str(exc)
-    last = traceback.extract_tb(exc.__traceback__)[-1]
-    return f"{type(exc).__name__} in {last.name}(): {exc}".splitlines()[0]
+    text = str(exc)
+    if not isinstance(exc, CannotRun):
+        last = traceback.extract_tb(exc.__traceback__)[-1]
+        text = f"{type(exc).__name__} in {last.name}(): {text}"
+    return " ".join(text.split()).replace("|", "/")[:200]  # a cell of a table

@@ -1,8 +1,8 @@
 """The naive listener: psycopg's ``notifies()``, json.loads, a call, and nothing else.
 
-    python -m benchmarks.peers.naive DSN CHANNEL ...
+    python -m benchmarks.peers.naive DSN CHANNEL,CHANNEL,... CHANNEL
 
-The receiver records what comes on the first channels; the last one is ignored.
+The receiver records what comes on the first channels, and ignores the last one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def ignore(event: object) -> None:
     pass
 
 
-def main(dsn: str, *channels: str) -> None:
+def main(dsn: str, recorded: str, ignored: str) -> None:
     record = recorder()
-    receivers: dict[str, Callable[[Any], None]] = dict.fromkeys(channels[:-1], record)
-    receivers[channels[-1]] = ignore
+    receivers: dict[str, Callable[[Any], None]] = dict.fromkeys(recorded.split(","), record)
+    receivers[ignored] = ignore
     with psycopg.connect(dsn, autocommit=True) as connection:
-        for channel in channels:
+        for channel in receivers:
             connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
         print("ready", flush=True)
         for notify in connection.notifies():

@@ -11,7 +11,7 @@ from typing import Any
 from django.db import transaction
 
 from benchmarks import ways
-from benchmarks.databases import database
+from benchmarks.databases import Disk, database
 from benchmarks.frame import Case, Measure, Metric, Scenario, Target, Variant
 
 Save = Callable[[str, Any, int], None]
@@ -45,10 +45,10 @@ def in_blocks(size: int, alias: str, model: Any, count: int) -> None:
 
 
 @contextmanager
-def measured(way: ways.Way, save: Save, count: int) -> Iterator[Measure]:
+def measured(way: ways.Way, save: Save, count: int, disk: Disk) -> Iterator[Measure]:
     way.check()
     with (
-        database() as alias,
+        database(disk) as alias,
         nullcontext() if way.listen is None else way.listen(alias) as listener,
     ):
         model = way.model()
@@ -66,27 +66,32 @@ def measured(way: ways.Way, save: Save, count: int) -> Iterator[Measure]:
 
 
 def cases(quick: bool) -> Iterable[Case]:
-    autocommit = (
-        Target("save() in autocommit, × no events", "", OURS, SILENT, at_most=1.35),
-        Target("the same, background sender", "", BACKGROUND, SILENT, at_most=1.10),
-    )
-    blocks = (Target("save() in blocks of 100, × no events", "", OURS, SILENT, at_most=1.08),)
-    for name, save, count, targets in (
-        ("save() in autocommit", in_autocommit, 100, autocommit),
-        ("save() in atomic blocks of 100", partial(in_blocks, 100), 200, blocks),
-    ):
-        yield Case(
-            name,
-            metrics=(COST,),
-            variants=tuple(
-                Variant(variant, partial(measured, way, save, count))
-                for variant, way in VARIANTS.items()
-            ),
-            reference=SILENT,
-            rounds=25 if quick else 150,
-            warmups=3,
-            targets=targets,
+    disks: dict[Disk, str] = {"none": "fsync off", "real": "fsync on"}
+    for disk, fsync in disks.items():
+        autocommit = (
+            Target(f"save() in autocommit, {fsync}, × no events", "", OURS, SILENT, at_most=1.35),
+            Target("the same, background sender", "", BACKGROUND, SILENT, at_most=1.10),
         )
+        yield _case(f"autocommit, {fsync}", in_autocommit, 100, disk, quick, autocommit)
+    blocks = (Target("save() in blocks of 100, × no events", "", OURS, SILENT, at_most=1.08),)
+    yield _case("atomic blocks of 100", partial(in_blocks, 100), 200, "none", quick, blocks)
+
+
+def _case(
+    name: str, save: Save, count: int, disk: Disk, quick: bool, targets: tuple[Target, ...]
+) -> Case:
+    return Case(
+        name,
+        metrics=(COST,),
+        variants=tuple(
+            Variant(variant, partial(measured, way, save, count, disk))
+            for variant, way in VARIANTS.items()
+        ),
+        reference=SILENT,
+        rounds=20 if quick else 150,
+        warmups=3,
+        targets=targets,
+    )
 
 
 SCENARIO = Scenario(

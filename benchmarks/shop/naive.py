@@ -12,8 +12,11 @@ from django.db.models.signals import post_save
 from .models import FIELDS, Naive, NaiveLoad
 
 BURST = "burst"
-CHANNELS = [BURST, Naive._meta.label_lower, NaiveLoad._meta.label_lower]
-"""What a naive listener hears; it ignores the last."""
+
+
+def topics(count: int) -> list[str]:
+    """Names of so many topics; the first is BURST."""
+    return [f"{BURST}{number}" if number else BURST for number in range(count)]
 
 
 def payload(model: str, pk: Any, data: dict[str, Any]) -> str:

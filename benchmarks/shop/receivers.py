@@ -1,6 +1,7 @@
 """The receivers of ``pglisten``: each records when it was called, and does nothing else.
 
-``BENCHMARK_RECEIVER`` says which there are; the driver has none.
+``BENCHMARK_RECEIVER`` says of which kind they are, ``BENCHMARK_RECEIVERS`` how many of them there
+are, and ``BENCHMARK_TOPICS`` how many topics they hear. The driver has none.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from benchmarks.recording import recorder
 from django_pgnotify import Event, receiver
 
 from .models import AfterCommit, Atomic, Background, Load
-from .naive import BURST
+from .naive import topics
 
 KIND = os.environ.get("BENCHMARK_RECEIVER")
-SOURCES = [AfterCommit, Atomic, Background, BURST]
+RECEIVERS = int(os.environ.get("BENCHMARK_RECEIVERS", "1"))
+TOPICS = int(os.environ.get("BENCHMARK_TOPICS", "1"))
+SOURCES = [AfterCommit, Atomic, Background, *topics(TOPICS)]
 
 if KIND is not None:
     record = recorder()
@@ -24,14 +27,15 @@ if KIND is not None:
         pass
 
 
-if KIND == "sync":
+for number in range(RECEIVERS):
+    if KIND == "sync":
 
-    @receiver(SOURCES)
-    def receive(event: Event) -> None:
-        record(event)
+        @receiver(SOURCES, dispatch_uid=f"receive {number}")
+        def receive(event: Event) -> None:
+            record(event)
 
-elif KIND == "async":
+    elif KIND == "async":
 
-    @receiver(SOURCES)
-    async def areceive(event: Event) -> None:
-        record(event)
+        @receiver(SOURCES, dispatch_uid=f"receive {number}")
+        async def areceive(event: Event) -> None:
+            record(event)
