@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.core.serializers.json import DjangoJSONEncoder
-from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..conf import conf
-from ..events import Action, Delivery, Topic, check_delivery, check_topic
+from ..events import Delivery, Topic, check_delivery, check_topic, new_event_id
 from ..exceptions import InvalidArgument
-from ..stats import publishing_stats
-from ..wire import Outgoing, encode_event
-from .buffer import CommitBuffer
-from .sender import check_alias, send
-
-logger = logging.getLogger("django_pgnotify.publishing")
+from ..wire import encode_event
+from . import background
+from .buffer import CommitBuffer, Noted, encoded
+from .plain import ENCODER
+from .sender import is_default_transport, postgres_connection, report_unsent, send
 
 _BUFFER = "_pgnotify_commit_buffer"
-_django_json = DjangoJSONEncoder()
 
 
 def publish(
@@ -63,9 +58,18 @@ def publish(
     if key is not None and (not isinstance(key, str) or not key):
         raise InvalidArgument(f"key= takes a non-empty string; got {key!r}.")
     tier = conf.DELIVERY if delivery is None else check_delivery(delivery)
-    alias = check_alias(conf.DATABASE if using is None else using)
-    event_id, event = encode(name, "published", data=data, key=key)
-    deliver(event, tier, connections[alias], alias)
+    connection = postgres_connection(conf.DATABASE if using is None else using)
+    event_id = new_event_id()
+    event = encode_event(
+        name,
+        "published",
+        data=data,
+        at=time.time(),
+        encoder=ENCODER,
+        event_id=event_id,
+        key=key,
+    )
+    deliver(event, tier, connection, connection.alias)
     return event_id
 
 
@@ -81,44 +85,13 @@ async def apublish(
     return await sync_to_async(publish)(topic, data, key=key, using=using, delivery=delivery)
 
 
-def encode(
-    topic: str,
-    action: Action,
-    *,
-    data: Any,
-    model: str | None = None,
-    pk: Any = None,
-    key: str | None = None,
-    changed: Iterable[str] | None = None,
-) -> tuple[str, Outgoing]:
-    """Encode an event of now; returns its id and the event as it is sent."""
-    return encode_event(
-        topic,
-        action,
-        data=data,
-        model=model,
-        pk=pk,
-        key=key,
-        changed=changed,
-        published_at=datetime.now(UTC),
-        to_plain=to_plain,
-    )
-
-
-def to_plain(value: Any) -> Any:
-    """What JSON has no word for, as DjangoJSONEncoder writes it, but with microseconds kept."""
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return _django_json.default(value)
-
-
-def deliver(event: Outgoing, tier: Delivery, connection: BaseDatabaseWrapper, using: str) -> None:
+def deliver(event: Noted, tier: Delivery, connection: BaseDatabaseWrapper, using: str) -> None:
     """Send ``event`` on alias ``using`` as ``tier`` asks; ``connection`` has the transaction."""
     if tier == "atomic" and connection.alias == using:
-        send([event], using)
+        send(encoded([event]), using)
     elif not connection.in_atomic_block and not _autocommit(connection):
         # Nobody tells us of a commit made by hand; inside the transaction PostgreSQL does.
-        send([event], using)
+        send(encoded([event]), using)
     else:
         _buffer_of(connection).add(event, using)
 
@@ -133,21 +106,18 @@ def _buffer_of(connection: BaseDatabaseWrapper) -> CommitBuffer:
     # Kept on the connection itself: it is per thread, as the transaction is.
     buffer: CommitBuffer | None = getattr(connection, _BUFFER, None)
     if buffer is None:
-        buffer = CommitBuffer(connection, send, report_unsent)
+        buffer = CommitBuffer(connection, send_committed)
         setattr(connection, _BUFFER, buffer)
     return buffer
 
 
-def report_unsent(events: Sequence[Outgoing], using: str, exc: Exception) -> None:
-    """Count and log events that could not be sent after their commit; payloads are not logged."""
-    publishing_stats.add("publish_failed", len(events))
-    topics = sorted({event.topic for event in events})
-    logger.error(
-        "%d event(s) of topic(s) %s could not be sent on database %r after the commit: %s",
-        len(events),
-        ", ".join(topics),
-        using,
-        exc,
-        exc_info=exc,
-        extra={"topics": topics, "count": len(events), "using": using},
-    )
+def send_committed(events: Sequence[Noted], using: str) -> None:
+    """Send events whose transaction has been committed: here and now, or in the background."""
+    if conf.BACKGROUND_SENDER and is_default_transport():
+        background.sender.put(events, using)
+        return
+    sent = encoded(events)
+    try:
+        send(sent, using)
+    except Exception as exc:  # noqa: BLE001 - reported; the commit stands
+        report_unsent(sent, using, exc)
