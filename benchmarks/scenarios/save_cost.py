@@ -88,7 +88,7 @@ def _case(
             for variant, way in VARIANTS.items()
         ),
         reference=SILENT,
-        rounds=20 if quick else 150,
+        rounds=10 if quick else 150,
         warmups=3,
         targets=targets,
     )
