@@ -23,7 +23,6 @@ from django_pgnotify.listening.probe import probe
 from django_pgnotify.management.arguments import count, seconds
 from django_pgnotify.publishing.sender import check_alias
 
-
 SWITCH_INTERVAL = 0.001
 """Seconds after which a thread that computes lets another one run."""
 
