@@ -35,6 +35,7 @@ def test_the_defaults_are_those_of_the_contract(settings: Settings) -> None:
     assert conf.MODELS == {}
     assert conf.CHANNEL_PREFIX == ""
     assert conf.SIGNING is False
+    assert conf.BACKGROUND_SENDER is False
     assert conf.PUBLISH_RAW is False
     assert socket.gethostname() == conf.NODE
     assert problems() == []
@@ -99,6 +100,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "CHANNEL_PREFIX": [None, 7, "a\x00", "x" * 25, "é" * 13, "\ud800"],
     "SIGNING": [None, 1, "True", ""],
+    "BACKGROUND_SENDER": [None, 1, "True", ""],
     "PUBLISH_RAW": [None, 0, "no"],
     "NODE": ["", None, 7],
     "HEARTBEAT_INTERVAL": [0, -1, None, "10", True, float("nan"), float("inf")],
