@@ -22,8 +22,11 @@ def ratio(values: Sequence[float], to: Sequence[float]) -> Spread:
     """Of each round, the value over the other's value in that same round.
 
     What slows the machine down for a second slows both, which a ratio of medians would not see.
+    A round in which the other took no time, or less (it was called before save() returned), has
+    no ratio: it counts as infinite, so that it cannot pass for a good one.
     """
-    return spread([value / other for value, other in zip(values, to, strict=True)])
+    pairs = zip(values, to, strict=True)
+    return spread([value / other if other > 0 else math.inf for value, other in pairs])
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

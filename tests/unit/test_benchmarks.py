@@ -101,6 +101,10 @@ def test_a_ratio_is_taken_round_by_round() -> None:
         ratio([1, 2], [1])
 
 
+def test_a_round_in_which_the_reference_took_no_time_cannot_meet_a_target() -> None:
+    assert ratio([5, 5, 5], [-1, 0, 5]).median == float("inf")
+
+
 def test_percentiles_are_values_that_were_measured() -> None:
     values = list(range(1, 101))
     assert [percentile(values, p) for p in (0, 50, 95, 100)] == [1, 50, 95, 100]
