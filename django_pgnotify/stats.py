@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 
@@ -9,14 +10,17 @@ from collections import Counter
 class Stats:
     """Named counters that any thread may raise.
 
-    Names in use: ``published``, ``frames``, ``stored``, ``publish_failed`` on the publishing
-    side; ``received``, ``foreign``, ``broken``, ``handled``, ``failed``, ``retried``,
-    ``coalesced``, ``dropped``, ``gaps`` on the listening side.
+    Names in use: ``published``, ``frames``, ``stored``, ``publish_failed``, ``sender_waited`` on
+    the publishing side; ``received``, ``foreign``, ``broken``, ``handled``, ``failed``,
+    ``retried``, ``coalesced``, ``dropped``, ``gaps`` on the listening side.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        self._lock = threading.Lock()
 
     def add(self, name: str, amount: int = 1) -> None:
         with self._lock:
@@ -35,3 +39,7 @@ class Stats:
 
 publishing_stats = Stats()
 """What this process published, over all databases."""
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held the lock at the moment of the fork, and is not in the child.
+    os.register_at_fork(after_in_child=publishing_stats.renew_lock)

@@ -104,7 +104,7 @@ class NestedTooDeeply(ValueError):
 
 def _depth_exceeds(value: Any, limit: int) -> bool:
     level = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         below: list[Any] = []
         for one in level:
             if isinstance(one, dict):
@@ -127,9 +127,9 @@ _standard: Callable[[str], Any] = json.JSONDecoder(parse_constant=_refuse_consta
 def _with_msgspec(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
-    except msgspec.MsgspecError:
-        # It refuses what the standard library reads (a lone surrogate's escape, 1e999), and that
-        # one's errors are what callers know.
+    except (msgspec.MsgspecError, UnicodeEncodeError):
+        # It refuses what the standard library reads (a lone surrogate, 1e999), and that one's
+        # errors are what callers know.
         return _standard(text)
 
 

@@ -31,14 +31,14 @@ from ..conf import conf
 from ..exceptions import PublishError
 from ..stats import publishing_stats
 from .buffer import Noted, encoded, portions
-from .sender import report_unsent, send
+from .sender import report_unsent, send_by_notify
 
 logger = logging.getLogger("django_pgnotify.publishing")
 
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of a process waits for what has not been sent."""
 
-PACE = 0.002
+PACE = 0.005
 """Seconds between two statements of a sender that is busy. To wake a thread for each save, and the
 server and the listener with it, costs a process that saves without a pause more than the NOTIFY."""
 
@@ -46,16 +46,23 @@ _BACKOFF_BASE = 0.1
 _BACKOFF_CAP = 5.0
 
 
+_Part = tuple[str, Sequence[Noted]]
+"""An alias and events for it."""
+
+
 class BackgroundSender:
     """Sends events in the order in which they were put, alias by alias. Any thread may put."""
 
     _changed: threading.Condition
-    _queue: deque[tuple[str, Sequence[Noted]]]
+    _queue: deque[_Part]
+    _under_way: deque[_Part]
     _waiting: int
     _idle: bool
     _stopping: bool
     _thread: threading.Thread | None
+    _given_up: threading.Thread | None
     _closes_at_exit: bool
+    _ended: bool
     _used: dict[str, BaseDatabaseWrapper]
 
     def __init__(self) -> None:
@@ -64,9 +71,14 @@ class BackgroundSender:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forked)
 
-    def put(self, events: Sequence[Noted], using: str) -> None:
-        """Have events sent; those that there is no room for are counted and logged."""
+    def put(self, events: Sequence[Noted], using: str) -> bool:
+        """Have events sent; those that there is no room for are counted and logged.
+
+        False, and nothing done, where there can be no thread: the process is ending, or has none.
+        """
         with self._changed:
+            if self._ended:
+                return False
             room = max(0, conf.QUEUE_MAX_EVENTS - self._waiting)
             if events[:room]:
                 self._queue.append((using, events[:room]))
@@ -74,11 +86,14 @@ class BackgroundSender:
             if self._idle:
                 self._idle = False
                 self._changed.notify_all()
-            if self._thread is None:
-                self._start()
+            if self._thread is None and not self._start():
+                self._queue.clear()
+                self._waiting = 0
+                return False
         if events[room:]:
             full = PublishError(f"{conf.QUEUE_MAX_EVENTS} events wait for the background sender")
             report_unsent(encoded(events[room:]), using, full)
+        return True
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything put so far has been sent or given up; tells whether it was."""
@@ -94,31 +109,49 @@ class BackgroundSender:
         if thread is not None:
             thread.join(timeout)
         with self._changed:
-            left, self._queue = self._queue, deque()
+            if thread is not None and thread.is_alive():
+                self._given_up = thread
+            left = [*self._under_way, *self._queue]
+            self._queue, self._under_way = deque(), deque()
             self._waiting = 0
             self._thread, self._stopping = None, False
         for using, events in left:
-            report_unsent(encoded(events), using, PublishError("the process ended before"))
+            late = PublishError(f"not done {timeout:g} s after the process was told to end")
+            report_unsent(encoded(events), using, late)
 
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._run, name="pgnotify-sender", daemon=True)
-        self._thread = thread
-        thread.start()
+    def _close_at_exit(self) -> None:
+        with self._changed:
+            self._ended = True
+        self.close()
+
+    def _start(self) -> bool:
+        thread = threading.Thread(
+            target=self._run, args=(self._given_up,), name="pgnotify-sender", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            logger.warning("The background sender cannot be started: %s", exc)
+            return False
+        self._thread, self._given_up = thread, None
         if not self._closes_at_exit:
             self._closes_at_exit = True
             if multiprocessing.parent_process() is None:
-                atexit.register(self.close)
+                atexit.register(self._close_at_exit)
             else:  # such a child ends without running exit handlers
-                Finalize(None, self.close, exitpriority=10)
+                Finalize(None, self._close_at_exit, exitpriority=10)
+        return True
 
     def _begin_anew(self) -> None:
         self._changed = threading.Condition()
         self._queue = deque()
+        self._under_way = deque()
         self._waiting = 0
         self._idle = False
         self._stopping = False
-        self._thread = None
+        self._thread = self._given_up = None
         self._closes_at_exit = False
+        self._ended = False
         self._used = {}
 
     def _forked(self) -> None:
@@ -129,37 +162,51 @@ class BackgroundSender:
 
     # -- the thread -------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, predecessor: threading.Thread | None) -> None:
+        if predecessor is not None:
+            predecessor.join()  # what it has under way must not be overtaken
         paced_until = 0.0
         try:
             while True:
                 with self._changed:
                     pause = max(0.0, paced_until - time.monotonic())
-                    self._changed.wait_for(lambda: self._stopping, pause)
-                    while not self._queue:
-                        if self._stopping:
-                            return
+                    self._changed.wait_for(self._is_to_end, pause)
+                    while not self._queue and not self._is_to_end():
                         self._idle = True
                         self._changed.wait()
-                    batch, self._queue = self._queue, deque()
+                    if self._is_given_up() or not self._queue:
+                        return
+                    self._under_way, self._queue = self._queue, deque()
+                    batch = list(self._under_way)
                 for using, parts in groupby(batch, itemgetter(0)):
                     self._send([event for _, events in parts for event in events], using)
                 paced_until = time.monotonic() + PACE
                 with self._changed:
-                    self._waiting = max(0, self._waiting - sum(len(part) for _, part in batch))
+                    if self._is_given_up():
+                        return
+                    self._waiting -= sum(len(events) for _, events in self._under_way)
+                    self._under_way.clear()
                     self._changed.notify_all()
         finally:
             connections.close_all()
 
+    def _is_to_end(self) -> bool:
+        return self._stopping or self._is_given_up()
+
+    def _is_given_up(self) -> bool:
+        return self._thread is not threading.current_thread()
+
     def _send(self, noted: Sequence[Noted], using: str) -> None:
         for part in portions(noted):
+            if self._is_given_up():
+                return  # close() has reported them
             events = encoded(part)
             try:
                 self._connect(using)
-                send(events, using)
+                send_by_notify(events, using)
             except Exception as exc:  # noqa: BLE001 - reported; the commits stand
                 report_unsent(events, using, exc)
-                connections[using].close_if_unusable_or_obsolete()
+                connections[using].close()
 
     def _connect(self, using: str) -> None:
         """Connect where need be, for as long as it takes; once the process ends, one attempt."""
@@ -171,12 +218,12 @@ class BackgroundSender:
             try:
                 connection.ensure_connection()
             except Error as exc:
-                if self._stopping:
+                if self._is_to_end():
                     raise
                 logger.warning("The background sender waits for database %r: %s", using, exc)
                 publishing_stats.add("sender_waited")
                 with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, backoff.next())
+                    self._changed.wait_for(self._is_to_end, backoff.next())
         if not connection.get_autocommit():
             connection.set_autocommit(True)  # whatever AUTOCOMMIT says: nobody commits here
 

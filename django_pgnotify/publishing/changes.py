@@ -124,7 +124,7 @@ def plain_values(
 
 def can_change(data: dict[str, Any]) -> bool:
     """Whether the program holds a part of ``data`` that it may change after the save."""
-    return any(isinstance(value, (dict, list)) for value in data.values())
+    return any(type(value) not in _JSON for value in data.values())
 
 
 def remember(

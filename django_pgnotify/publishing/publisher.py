@@ -115,8 +115,8 @@ def _buffer_of(connection: BaseDatabaseWrapper) -> CommitBuffer:
 
 def send_committed(events: Sequence[Noted], using: str) -> None:
     """Send events whose transaction has been committed: here and now, or in the background."""
-    if conf.BACKGROUND_SENDER and is_default_transport():
-        background.sender.put(events, using)
+    in_background = conf.BACKGROUND_SENDER and is_default_transport()
+    if in_background and background.sender.put(events, using):
         return
     for part in portions(events):
         sent = encoded(part)

@@ -9,6 +9,7 @@ to another backend.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -111,11 +112,17 @@ def _nobody_looks(connection: BaseDatabaseWrapper) -> bool:
 
 
 def _is_ours_to_use(connection: BaseDatabaseWrapper) -> bool:
-    """Whether psycopg is there, with no log of queries and no wrapper around them."""
+    """Whether psycopg is there, as Django set it up, and nobody watches or forbids statements."""
+    raw = connection.connection
     return (
-        isinstance(connection.connection, psycopg.Connection)
+        isinstance(raw, psycopg.Connection)
         and not connection.execute_wrappers
         and not connection.queries_logged
+        # A test case that allows no queries puts something else in the place of the method.
+        and inspect.ismethod(connection.cursor)
+        and connection.cursor.__func__ is type(connection.cursor.__self__).cursor  # type: ignore[attr-defined]
+        and raw.pgconn.pipeline_status == pq.PipelineStatus.OFF
+        and raw.pgconn.parameter_status(b"client_encoding") == b"UTF8"
     )
 
 

@@ -472,7 +472,7 @@ def test_what_was_in_flight_when_the_connection_broke_is_counted_and_not_repeate
 
     with held(behind_proxy):
         failed = publishing_stats["publish_failed"]
-        monkeypatch.setattr(background, "send", watched)
+        monkeypatch.setattr(background, "send_by_notify", watched)
         publish("jobs", "in flight")
         assert sending.wait(DEADLINE)
         publish("jobs", "waiting")
@@ -578,7 +578,7 @@ def test_what_could_not_be_sent_before_close_gave_up_is_counted_and_logged(
         publish("jobs", 2)
         sender.close(0.05)
         assert publishing_stats["publish_failed"] >= failed + 2
-        assert "the process ended before" in caplog.text
+        assert "after the process was told to end" in caplog.text
 
 
 def test_what_never_left_because_no_connection_was_made_is_counted_when_close_gives_up(
