@@ -61,7 +61,7 @@ class NotifyTransport:
         ]
 
     def _notify(self, frames: list[tuple[str, str]], using: str) -> None:
-        with _own_connection(using).cursor() as cursor:
+        with own_connection(using).cursor() as cursor:
             if len(frames) == 1:
                 cursor.execute(_NOTIFY_ONE, frames[0])
             else:
@@ -73,7 +73,7 @@ class NotifyTransport:
         publishing_stats.add("frames", len(frames))
 
 
-def _own_connection(using: str) -> BaseDatabaseWrapper:
+def own_connection(using: str) -> BaseDatabaseWrapper:
     """The Django connection of ``using``, made anew where it is one inherited through a fork.
 
     Two processes that talk on one socket get each other's answers.
