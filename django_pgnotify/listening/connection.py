@@ -20,7 +20,7 @@ from psycopg import errors, pq, sql
 from ..exceptions import CannotConnect, ConnectionLost, StandbyServer
 
 _KEEPALIVE_SECONDS = 10
-_SERVER_KEEPALIVES = b"""
+SERVER_KEEPALIVES = b"""
 SELECT set_config('tcp_keepalives_idle', '10', false),
        set_config('tcp_keepalives_interval', '10', false),
        set_config('tcp_keepalives_count', '3', false),
@@ -107,7 +107,7 @@ class ListenConnection:
         if not self.pooled:
             # The server's side of the keepalives: a backend that writes to nobody would hold up
             # the notification queue of the whole cluster.
-            await self.execute(_SERVER_KEEPALIVES, timeout=timeout)
+            await self.execute(SERVER_KEEPALIVES, timeout=timeout)
 
     async def listen(self, channels: Sequence[str], *, timeout: float) -> None:
         await self._each("LISTEN {}", channels, timeout)
