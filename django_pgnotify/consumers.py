@@ -54,6 +54,15 @@ def consumers(using: str | None = None) -> list[tuple[Consumer, Lag]]:
     return [(one, lag_of(one)) for one in Consumer.objects.using(alias).order_by("name")]
 
 
+def state_of(one: Consumer) -> str:
+    """What a consumer does, in a few words."""
+    if one.resync:
+        return f"waits for a resync: {one.resync}"
+    if one.paused:
+        return "paused"
+    return "runs" if one.holder else "not run"
+
+
 def pause(name: str, using: str | None = None) -> None:
     """Have a consumer stop after the event at hand. Raises UnknownConsumer."""
     _change(consumer(name, using), paused=True)

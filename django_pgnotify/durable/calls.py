@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from django.db import connections
+from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..events import Event
@@ -93,8 +93,8 @@ class Calls:
         outcomes: list[Outcome] = []
         for event in events:
             outcomes.append(self._call(event, blocked))
-            if limits.reached:
-                break
+            if limits.reached or isinstance(outcomes[-1], DatabaseError | InterfaceError):
+                break  # of the latter: if the database is away, what follows would fail too
         return outcomes
 
     def call(self, event: Event) -> None:
@@ -171,7 +171,7 @@ class Calls:
             in_order: list[Outcome] = []
             for event in events:
                 in_order.append(await self._call_async(event, blocked))
-                if limits.reached:
+                if limits.reached or isinstance(in_order[-1], DatabaseError | InterfaceError):
                     break
                 await asyncio.sleep(0)  # the loop has others to serve
             return in_order

@@ -99,9 +99,10 @@ class Snapshot(NamedTuple):
         xmin, xmax, xip = text.split(":")
         return cls(int(xmin), int(xmax), tuple(map(int, xip.split(","))) if xip else ())
 
-    def sees(self, xid: int) -> bool:
-        """Whether a transaction had ended when the snapshot was taken."""
-        return xid < self.xmax and xid not in self.xip
+    @property
+    def params(self) -> dict[str, Any]:
+        """Of a query for what it does not see: PostgreSQL casts text to xid8, and no number."""
+        return {"xmax": str(self.xmax), "xip": list(map(str, self.xip))}
 
 
 class Cursor(NamedTuple):
@@ -179,7 +180,11 @@ class LogReader:
     def _all_at_once(self, cursor: Cursor) -> tuple[str, Page | None]:
         """The target, and the rest of the sweep if it fits a page: the everyday case."""
         old = Snapshot.parse(cursor.snapshot)
-        limits = {"xmax": str(old.xmax), "xip": list(map(str, old.xip)), "limit": self._page_size + 1}
+        limits = {
+            "xmax": str(old.xmax),
+            "xip": list(map(str, old.xip)),
+            "limit": self._page_size + 1,
+        }
         if cursor.target:
             target = cursor.target
             bounds = {"target": target, "target_xmax": str(Snapshot.parse(target).xmax)}
@@ -205,7 +210,7 @@ class LogReader:
         if cursor.target or cursor.snapshot == BEGINNING:
             return cursor._replace(target=target)
         old = Snapshot.parse(cursor.snapshot)
-        [(lowest,)] = self._rows(_LOWEST, xmax=str(old.xmax), xip=list(map(str, old.xip)))
+        [(lowest,)] = self._rows(_LOWEST, **old.params)
         return Cursor(cursor.snapshot, target, (lowest or 1) - 1)
 
     def _by_windows(self, cursor: Cursor) -> Page:
@@ -217,7 +222,7 @@ class LogReader:
                 return Page([], cursor, Cursor(cursor.target))
             rows = self._rows(_SLICE, **cursor._asdict(), end=end)
             # Among the rows of other topics, or of what had been read before, go faster.
-            sparse = len(rows) * 4 < self._page_size
+            sparse = len(rows) * 2 < self._page_size
             self._window = min(self._window * 2, _MAX_WINDOW) if sparse else self._page_size
             if rows:
                 return Page([Logged(*row) for row in rows], cursor, cursor._replace(position=end))

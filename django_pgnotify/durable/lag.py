@@ -59,8 +59,7 @@ def lag_of(consumer: Consumer, counted: int = COUNTED) -> Lag:
             _LAG.format(bounds=_IN_SWEEP if consumer.target else "true"),
             {
                 "topics": consumer.topics,
-                "xmax": str(old.xmax),
-                "xip": list(map(str, old.xip)),
+                **old.params,
                 "target": consumer.target,
                 "position": consumer.position,
                 "limit": counted + 1,

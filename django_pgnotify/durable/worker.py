@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from django.db import DatabaseError, InterfaceError, connections
+from django.db import DatabaseError, InterfaceError, OperationalError, connections
 
 from .. import signals
 from ..backoff import Backoff
@@ -179,7 +179,7 @@ class Worker(threading.Thread):
                 done, parked = run_in_transactions(self, page, waiting, blocked)
             else:
                 done, parked = self._run_slice(waiting, blocked)
-                self.state.move(page.after(waiting[done - 1].logged), done - len(parked), parked)
+                self._store(page.after(waiting[done - 1].logged), done - len(parked), parked)
             if done:
                 cursor = page.after(waiting[done - 1].logged)
                 self._note_done(waiting[:done], parked)
@@ -198,12 +198,28 @@ class Worker(threading.Thread):
         limits = Limits(time.monotonic() + SLICE, lambda: self._stopping)
         outcomes = self.calls.run(ready, blocked, limits)
         parked = []
-        for one, outcome in zip(waiting, outcomes, strict=False):
+        for place, (one, outcome) in enumerate(zip(waiting, outcomes, strict=False)):
             if outcome == "behind":
                 parked.append(self.behind(one))
             elif isinstance(outcome, BaseException):
-                parked.append(self.failed(one, outcome))
+                try:
+                    parked.append(self.failed(one, outcome))
+                except (DatabaseError, InterfaceError):
+                    if not place:
+                        raise
+                    return place, parked
         return len(outcomes), parked
+
+    def _store(self, cursor: Cursor, handled: int, parked: Sequence[Parked]) -> None:
+        """Store a cursor; over a new connection where the old one has been lost meanwhile.
+
+        What is stored is stored again then, if it had been; handling it again would be worse.
+        """
+        try:
+            self.state.move(cursor, handled, parked)
+        except (OperationalError, InterfaceError):
+            self._close_connection()
+            self.state.move(cursor, handled, parked)
 
     def _note_done(self, done: Sequence[Entry], parked: Sequence[Parked]) -> None:
         if parked:
