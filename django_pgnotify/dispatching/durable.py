@@ -122,6 +122,11 @@ class DurableSide:
         if self._consumers is not None:
             self._consumers.wake()
 
+    def stop(self) -> None:
+        """Begin nothing more."""
+        if self._consumers is not None:
+            self._consumers.stop()
+
     async def close(self, timeout: float) -> bool:
         """Let the events at hand finish and store the cursors; whether that was done in time."""
         return self._consumers is None or await self._consumers.close(timeout)

@@ -135,6 +135,7 @@ class Service:
 
     def stop(self) -> None:
         """Stop the intake; :meth:`run` returns soon after. Call it on the loop."""
+        self.durable.stop()
         self.listener.stop()
 
     async def run(self, shutdown_timeout: float | None = None) -> bool:

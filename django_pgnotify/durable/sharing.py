@@ -93,11 +93,15 @@ class Consumers:
             if topics is None or not topics.isdisjoint(worker.topics):
                 worker.wake()
 
-    async def close(self, timeout: float) -> bool:
-        """Let the event at hand finish, store the cursors; whether that was done in time."""
+    def stop(self) -> None:
+        """Begin nothing more."""
         self._stopping.set()
         for worker in self._running():
             worker.stop()
+
+    async def close(self, timeout: float) -> bool:
+        """Let the event at hand finish, store the cursors; whether that was done in time."""
+        self.stop()
         if self._thread.ident is None:
             return True
         await asyncio.to_thread(self._thread.join, timeout)
@@ -153,6 +157,8 @@ class Consumers:
                 self._look(connection, keys)
                 pauses.reset()
                 self._stopping.wait(conf.LEADER_POLL_INTERVAL)
+            # With the connection the locks are gone: nobody may take over before all is stored.
+            self._end_all()
 
     def _look(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
         self._bury(connection, keys)

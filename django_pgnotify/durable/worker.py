@@ -157,17 +157,17 @@ class Worker(threading.Thread):
     def _sweep(self, cursor: Cursor, blocked: set[str]) -> Cursor:
         """Handle what is new, page by page, until a sweep is complete."""
         while not self._stopping:
+            under_way = cursor.target
             page = self.reader.next_page(cursor)
             if page.events:
                 cursor = self._handle(page, blocked)
-            elif cursor.target:
-                self.state.move(page.end, 0)
-                cursor = page.end
             else:
-                # Nothing new: it is not worth a write, and the stored cursor says the same.
+                # Nothing new is not worth a write: the stored cursor says the same.
+                if under_way:
+                    self.state.move(page.end, 0)
                 cursor = page.end
-            if not cursor.target:
-                break
+            if not cursor.target and not under_way:
+                break  # of a sweep that began long ago, what came since is to be read now
         return cursor
 
     def _handle(self, page: Page, blocked: set[str]) -> Cursor:

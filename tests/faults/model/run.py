@@ -105,7 +105,7 @@ class Run:
             status = life.process.wait()
             if status == -signal.SIGKILL:
                 self.note_killed(life, "crashed in a receiver")
-            elif status != 0:
+            elif status not in (0, -signal.SIGTERM):  # the latter: it had not begun yet
                 raise SystemExit(f"{life.name} did not stop in order\n{life.process.report()}")
             life.ended_by_us = True
             self.done["listener stopped in order"] += 1
