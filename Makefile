@@ -7,6 +7,8 @@
 #                    event (SEED=7; FAULTS=1000; MEMORY=1: a million events through one listener)
 # make model-check   durable topics: random writers, consumers that crash, every event accounted for
 #                    (SEED=7; SECONDS=60; EVENTS=100000)
+# make bench         measure it beside others, write docs/benchmarks
+# make bench-quick   the same in three minutes, smaller, into .bench/  (ARGS='--only burst')
 # make lint          the first three of make test
 # make docs          the documentation, warnings being errors
 # make clean         remove what these made
@@ -51,7 +53,7 @@ demo-check: $(VENV)/.installed-demo
 	@exec $(VENV)/bin/python -m example_project.demo --check --pg $(PG)
 
 clean:
-	rm -rf $(VENV) .venvs .demo build dist *.egg-info docs/_build .coverage .coverage.*
+	rm -rf $(VENV) .venvs .demo .bench build dist *.egg-info docs/_build .coverage .coverage.*
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
@@ -106,3 +108,23 @@ EVENTS ?= 100000
 model-check: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.faults.model.run --seconds $(SECONDS) --events $(EVENTS) \
 	  $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# ---- the benchmarks ----------------------------------------------------------------------------
+
+.PHONY: bench bench-quick
+
+BENCH := .venvs/bench
+
+# An environment of its own, because of the peers.
+$(BENCH)/.installed: pyproject.toml benchmarks/requirements.txt
+	@$(PYTHON) -m venv $(BENCH)
+	@echo "Installing django-pgnotify and what it is measured beside into $(BENCH)"
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[binary]' -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python -m benchmarks --out docs/benchmarks
+
+bench-quick: $(BENCH)/.installed
+	$(BENCH)/bin/python -m benchmarks --quick --out .bench $(ARGS)

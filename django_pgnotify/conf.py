@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
 from django.conf import settings
+from django.utils.functional import empty
 
 from .events import DELIVERIES, Delivery, check_delivery
 from .exceptions import InvalidSetting, PgNotifyError
@@ -16,6 +17,8 @@ from .exceptions import InvalidSetting, PgNotifyError
 T = TypeVar("T")
 
 PREFIX = "PGNOTIFY_"
+
+_ABSENT = object()
 
 
 class Setting(Generic[T]):
@@ -42,9 +45,10 @@ class Setting(Generic[T]):
     def __get__(self, instance: object | None, owner: type) -> Setting[T] | T:
         if instance is None:
             return self
-        try:
-            value = getattr(settings, self.name)
-        except AttributeError:
+        # Past the lazy object and its Python-level attribute look-up: some are read at each event.
+        wrapped = object.__getattribute__(settings, "_wrapped")
+        value = getattr(settings if wrapped is empty else wrapped, self.name, _ABSENT)
+        if value is _ABSENT:
             return self._default() if callable(self._default) else self._default
         try:
             return self._parse(value)
@@ -127,6 +131,8 @@ class Conf:
     """Put before every wire channel, so that several deployments can share a database."""
     SIGNING = Setting(False, _flag)
     """Sign frames with SECRET_KEY, and drop those that are not."""
+    BACKGROUND_SENDER = Setting(False, _flag)
+    """Send ``after_commit`` events from a thread of their own, on a connection of their own."""
     PUBLISH_RAW = Setting(False, _flag)
     """Publish rows saved by ``loaddata`` too."""
     GAP_ON_START = Setting(False, _flag)
@@ -148,7 +154,7 @@ class Conf:
     SHUTDOWN_TIMEOUT = Setting(30.0, _seconds)
     """Seconds that running receivers get to finish after the first signal."""
     QUEUE_MAX_EVENTS = Setting(100_000, _count)
-    """Events that may wait for one receiver; beyond it they are dropped into one gap."""
+    """Events that may wait for one receiver, or for the background sender of a process."""
     QUEUE_MAX_BYTES = Setting(64 * 1024 * 1024, _count)
     """Bytes of payload that may wait for one receiver; beyond it events are dropped likewise."""
     STORED_RETENTION = Setting(3600.0, _seconds)

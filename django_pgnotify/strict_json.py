@@ -17,6 +17,34 @@ MAX_INT_BITS = 8192
 
 ToPlain = Callable[[Any], Any]
 
+text_of = json.encoder.encode_basestring
+"""A string as JSON text, quoted, without escapes for what UTF-8 can carry."""
+
+
+class Encoder:
+    """Encodes values with one ``to_plain``.
+
+    Attributes:
+        to_plain: turns a value that JSON does not know into one that it does, or raises TypeError.
+        quick: encodes a value that is probably sound. It raises what the standard library raises,
+            and lets through what :func:`dumps` refuses or escapes: deep nesting, lone surrogates.
+            (``json.dumps`` builds two encoders at each call, for more than the encoding costs.)
+    """
+
+    def __init__(self, to_plain: ToPlain) -> None:
+        self.to_plain = to_plain
+        self.quick: Callable[[Any], str] = json.JSONEncoder(
+            ensure_ascii=False,
+            allow_nan=False,
+            separators=(",", ":"),
+            default=to_plain,
+            check_circular=False,
+        ).encode
+        make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
+        if make is not None:  # an interpreter may lack the accelerator
+            chunks = make(None, to_plain, text_of, None, ":", ",", False, False, False)
+            self.quick = lambda value: "".join(chunks(value, 0))
+
 
 def dumps(value: dict[str, Any], to_plain: ToPlain) -> str:
     """Encode ``value`` as compact JSON text.
@@ -55,7 +83,7 @@ def loads(text: str) -> Any:
             never holds the text; JSONDecodeError would, in its ``doc``.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = _decode(text)
         if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH + 3):
             raise RecursionError
         return value
@@ -86,6 +114,9 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _why_not_json(fields: Mapping[str, Any], to_plain: ToPlain) -> str | None:

@@ -15,11 +15,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from .events import ACTIONS, Action, Event, new_event_id
+from .events import ACTIONS, Action, Event, event_of, new_event_id
 from .exceptions import FrameError
-from .strict_json import NestedTooDeeply, ToPlain, dumps, loads
+from .strict_json import MAX_DEPTH, Encoder, NestedTooDeeply, dumps, loads, text_of
 
 PAYLOAD_LIMIT = 7999
 """Bytes in a NOTIFY payload: PostgreSQL refuses 8000 (NOTIFY_PAYLOAD_MAX_LENGTH, async.c)."""
@@ -31,7 +31,7 @@ VERSION = 1
 
 _FRAME_START = re.compile(r'\s*\{\s*"pgnotify"\s*:')
 _SIGNED_START = re.compile(r'\{"pgnotify":1,"sig":"([^"\\]*)",')
-_EVENT_ID = re.compile(r"[!-~]{1,64}")  # it stands in logs
+_SENT_ACTIONS = frozenset(ACTIONS) - {"gap"}
 _DIGEST_SIZE = 16
 
 Sign = Callable[[str], str]
@@ -71,34 +71,49 @@ def encode_event(
     action: Action,
     *,
     data: Any,
-    published_at: datetime,
-    to_plain: ToPlain,
+    at: float,
+    encoder: Encoder,
+    event_id: str,
     model: str | None = None,
     pk: Any = None,
     key: str | None = None,
     changed: Iterable[str] | None = None,
-) -> tuple[str, Outgoing]:
-    """Encode one new event; returns its id and what is to be sent.
+) -> Outgoing:
+    """Encode one event.
 
     Args:
-        to_plain: turns a value that JSON does not know into one that it does, or raises TypeError.
+        at: when it was published, in seconds since the epoch.
 
     Raises:
         EventDataError: ``data`` or ``pk`` cannot be carried; the message names the path in it.
     """
-    event_id = new_event_id()
-    fields: dict[str, Any] = {"id": event_id, "action": action, "at": published_at.timestamp()}
+    try:
+        # Member by member: a dict made only to be encoded would double what an event costs.
+        text = encoder.quick
+        body = f'{{"id":"{event_id}","action":"{action}","at":{at!r}'
+        if model is not None:
+            body += f',"model":{text_of(model)},"pk":{pk if type(pk) is int else text(pk)}'
+        if key is not None:
+            body += f',"key":{text_of(key)}'
+        if changed is not None:
+            body += f',"changed":{text(list(changed))}'
+        if data is not None:
+            values = text(data)
+            body += f',"data":{values}}}'
+            if values.count("[") + values.count("{") > MAX_DEPTH:
+                raise RecursionError
+        else:
+            body += "}"
+        return Outgoing(topic, key, body, byte_length(body))
+    except (TypeError, ValueError, RecursionError):
+        pass  # the slow way knows what is wrong, or how to carry it
+    fields: dict[str, Any] = {"id": event_id, "action": action, "at": at}
     if model is not None:
-        fields["model"] = model
-        fields["pk"] = pk
-    if key is not None:
-        fields["key"] = key
-    if changed is not None:
-        fields["changed"] = list(changed)
-    if data is not None:
-        fields["data"] = data
-    body = dumps(fields, to_plain)
-    return event_id, Outgoing(topic, key, body, byte_length(body))
+        fields |= {"model": model, "pk": pk}
+    optional = {"key": key, "changed": None if changed is None else list(changed), "data": data}
+    fields |= {name: value for name, value in optional.items() if value is not None}
+    body = dumps(fields, encoder.to_plain)
+    return Outgoing(topic, key, body, byte_length(body))
 
 
 def reference_to(event: Outgoing, row: int) -> Outgoing:
@@ -140,33 +155,42 @@ class FramePacker:
     def fits(self, event: Outgoing) -> bool:
         return event.size <= self.room
 
-    def pack(self, events: Iterable[Outgoing]) -> list[tuple[str, str]]:
+    def pack(self, events: Sequence[Outgoing]) -> list[tuple[str, str]]:
         """Frames as (wire channel, payload), in the order in which they must be sent.
 
         Events of one topic keep their order, and so do events with the same explicit key on
         different topics. Each event must fit (:meth:`fits`).
         """
+        if len({event.topic for event in events}) == 1:
+            return self._pack_topic(events)
         done: list[tuple[str, str]] = []
-        opened: dict[str, list[str]] = {}
-        sizes: dict[str, int] = {}
+        opened: dict[str, list[Outgoing]] = {}
         topic_of_key: dict[str, str] = {}
-        for topic, key, body, size in events:
+        for event in events:
+            topic, key = event.topic, event.key
             if key is not None and topic_of_key.setdefault(key, topic) != topic:
                 # Were the two topics packed apart, this one could overtake the earlier event.
-                done += [self._frame(name, bodies) for name, bodies in opened.items()]
+                for together in opened.values():
+                    done += self._pack_topic(together)
                 opened, topic_of_key = {}, {key: topic}
-            bodies = opened.get(topic)
-            if bodies is None:
-                opened[topic] = [body]
-                sizes[topic] = size
-            elif sizes[topic] + 1 + size <= self.room:
-                bodies.append(body)
-                sizes[topic] += 1 + size
-            else:
-                done.append(self._frame(topic, opened.pop(topic)))
-                opened[topic] = [body]
-                sizes[topic] = size
-        done += [self._frame(name, bodies) for name, bodies in opened.items()]
+            opened.setdefault(topic, []).append(event)
+        for together in opened.values():
+            done += self._pack_topic(together)
+        return done
+
+    def _pack_topic(self, events: Sequence[Outgoing]) -> list[tuple[str, str]]:
+        """Frames of events of one topic, each filled before the next is begun."""
+        topic = events[0].topic
+        done: list[tuple[str, str]] = []
+        bodies: list[str] = []
+        left = self.room
+        for _, _, body, size in events:
+            if size > left:
+                done.append(self._frame(topic, bodies))
+                bodies, left = [], self.room
+            bodies.append(body)
+            left -= size + 1
+        done.append(self._frame(topic, bodies))
         return done
 
     def _frame(self, topic: str, bodies: Sequence[str]) -> tuple[str, str]:
@@ -241,8 +265,10 @@ class Reference(NamedTuple):
 
 def reference_in(raw: Any) -> Reference | None:
     """The reference that an event of a frame is, None if it is an event of its own."""
-    if not isinstance(raw, dict) or "ref" not in raw:
-        return None
+    return _reference(raw) if isinstance(raw, dict) and "ref" in raw else None
+
+
+def _reference(raw: dict[str, Any]) -> Reference:
     row, digest = raw["ref"], raw.get("digest")
     if not isinstance(row, int) or isinstance(row, bool) or not isinstance(digest, str | None):
         raise FrameError("a reference to a stored event is malformed")
@@ -263,6 +289,9 @@ def stored_body(body: str, digest: str | None) -> Any:
         raise FrameError(f"a stored event is {exc}") from None
 
 
+Resolve = Callable[[str, Any], tuple[str, Any]]
+
+
 def event_from(
     raw: Any,
     *,
@@ -270,7 +299,7 @@ def event_from(
     source: str,
     received_at: datetime,
     using: str | None = None,
-    resolve: Callable[[str, Any], tuple[str, Any]] | None = None,
+    resolve: Resolve | None = None,
 ) -> Event:
     """Build the event that a frame's JSON object describes.
 
@@ -283,50 +312,77 @@ def event_from(
     Raises:
         FrameError: a member has the wrong type or value.
     """
-    if not isinstance(raw, dict):
+    if type(raw) is not dict:
         raise FrameError("an event is not a JSON object")
     get = raw.get
     action, model, pk, key = get("action", "published"), get("model"), get("pk"), get("key")
-    if action not in ACTIONS or action == "gap":
+    if type(action) is not str or action not in _SENT_ACTIONS:
         raise FrameError("an event has an unknown action")
+    data = get("data")
     if model is None:
         if action != "published":
             raise FrameError(f"an event is {action!r} and names no model")
-    elif not isinstance(model, str):
-        raise FrameError("an event's model is not text")
-    elif resolve is not None:
-        model, pk = resolve(model, pk)
-    if key is None:
-        if model is not None:
+    else:
+        if type(model) is not str:
+            raise FrameError("an event's model is not text")
+        if resolve is not None:
+            model, pk = resolve(model, pk)
+        if data is None:
+            data = {}
+        if key is None:
             key = f"{model}:{pk}"
-    elif not isinstance(key, str):
+    if key is not None and type(key) is not str:
         raise FrameError("an event's key is not text")
     event_id = get("id")
     if event_id is None:
         event_id = new_event_id()
-    elif not isinstance(event_id, str) or not _EVENT_ID.fullmatch(event_id):
+    elif type(event_id) is not str or not _is_event_id(event_id):
         raise FrameError("an event's id is not text of 1 to 64 visible ASCII characters")
     changed = get("changed")
     if changed is not None:
-        if not isinstance(changed, list) or not all(isinstance(name, str) for name in changed):
+        if type(changed) is not list or not all(type(name) is str for name in changed):
             raise FrameError("an event's list of changed fields is not a list of text")
         changed = tuple(changed)
-    data = get("data")
-    if data is None and model is not None:
-        data = {}
-    return Event(
-        event_id,
-        topic,
-        cast("Action", action),
-        model,
-        pk,
-        data,
-        key,
-        source,
-        _time(get("at"), received_at),
-        changed,
-        using,
+    at = get("at")
+    published_at = received_at if at is None else _time(at)
+    return event_of(
+        event_id, topic, action, model, pk, data, key, source, published_at, changed, using
     )
+
+
+def events_from(
+    raws: Iterable[Any],
+    broken: Callable[[FrameError], None],
+    *,
+    topic: str,
+    source: str,
+    received_at: datetime,
+    using: str | None = None,
+    resolve: Resolve | None = None,
+) -> list[Event | Reference]:
+    """The events of one frame, or the references to them, in order.
+
+    Args:
+        broken: told of each that is wrong; it does not take the others of its frame with it.
+    """
+    found: list[Event | Reference] = []
+    for raw in raws:
+        try:
+            if type(raw) is dict and "ref" in raw:
+                found.append(_reference(raw))
+                continue
+            event = event_from(
+                raw,
+                topic=topic,
+                source=source,
+                received_at=received_at,
+                using=using,
+                resolve=resolve,
+            )
+            found.append(event)
+        except FrameError as exc:
+            broken(exc)
+    return found
 
 
 def foreign_event(
@@ -362,10 +418,13 @@ def gap_event(
     )
 
 
-def _time(at: Any, default: datetime) -> datetime:
-    if at is None:
-        return default
-    if isinstance(at, bool) or not isinstance(at, (int, float)):
+def _is_event_id(text: str) -> bool:
+    """Visible ASCII, because it stands in logs."""
+    return 0 < len(text) <= 64 and text.isascii() and text.isprintable() and " " not in text
+
+
+def _time(at: Any) -> datetime:
+    if type(at) is not float and type(at) is not int:
         raise FrameError("an event's time is not a number of seconds")
     try:
         return datetime.fromtimestamp(at, UTC)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from ..events import Event
-from ..registry import Receiver, Subscription, accepts
+from ..events import Action, Event
+from ..registry import Receiver, Subscription
 from ..stats import Stats
 from ..wire import gap_event
 from .lane import Lane
@@ -23,6 +23,20 @@ class Route(NamedTuple):
 
     receiver: Receiver
     subscriptions: tuple[Subscription, ...]
+
+
+class _Way(NamedTuple):
+    """From a topic to a lane: which of its events the lane takes."""
+
+    lane: Lane
+    models: frozenset[str] | None
+    actions: frozenset[Action] | None
+    every_node: bool
+
+    def takes(self, event: Event) -> bool:
+        return (self.models is None or event.model in self.models) and (
+            self.actions is None or event.action in self.actions
+        )
 
 
 class Dispatcher:
@@ -54,13 +68,18 @@ class Dispatcher:
         self._overflowed = overflowed
         self._leader = False
         self._stopping = False
+        self._settling = 0
         self._idle: asyncio.Event = asyncio.Event()
         self._runner = Runner(concurrency, stats, self._worker_ended)
         self._routes = [(route, Lane(route.receiver, max_waiting, max_bytes)) for route in routes]
-        self._by_topic: dict[str, list[tuple[Lane, str | None]]] = {}
+        self._by_topic: dict[str, list[_Way]] = {}
         for route, lane in self._routes:
-            for topic, model in {(s.topic, s.model): None for s in route.subscriptions}:
-                self._by_topic.setdefault(topic, []).append((lane, model))
+            receiver = route.receiver
+            for topic in dict.fromkeys(s.topic for s in route.subscriptions):
+                models = {s.model for s in route.subscriptions if s.topic == topic}
+                chosen = None if None in models else frozenset(filter(None, models))
+                way = _Way(lane, chosen, receiver.actions, receiver.every_node)
+                self._by_topic.setdefault(topic, []).append(way)
         self._overflowing: dict[Lane, datetime] = {}
 
     @property
@@ -81,22 +100,26 @@ class Dispatcher:
         Args:
             size: bytes of payload the events came in.
         """
-        if self._stopping:
+        if self._stopping or not events:
             return
+        topics = {event.topic for event in events}
+        for topic in topics - self._by_topic.keys():
+            logger.info("No receiver for an event of topic %r", topic)
+        if len(topics) == 1:
+            (topic,) = topics
+            for way in self._by_topic.get(topic, ()):
+                if self._leader or way.every_node:
+                    chosen = events
+                    if way.models is not None or way.actions is not None:
+                        chosen = [event for event in events if way.takes(event)]
+                    self._put(way.lane, chosen, size * len(chosen) // len(events))
+            return
+        # A receiver of several topics gets them in the order in which they came.
         batches: dict[Lane, list[Event]] = {}
         for event in events:
-            lanes = self._by_topic.get(event.topic)
-            if lanes is None:
-                logger.info("No receiver for an event of topic %r", event.topic)
-                continue
-            chosen: Lane | None = None
-            for lane, model in lanes:
-                if lane is chosen or (model is not None and model != event.model):
-                    continue
-                receiver = lane.receiver
-                if (self._leader or receiver.every_node) and accepts(receiver, event):
-                    batches.setdefault(lane, []).append(event)
-                    chosen = lane  # a topic named twice by one receiver is heard once
+            for way in self._by_topic.get(event.topic, ()):
+                if (self._leader or way.every_node) and way.takes(event):
+                    batches.setdefault(way.lane, []).append(event)
         for lane, batch in batches.items():
             self._put(lane, batch, size * len(batch) // len(events))
 
@@ -118,44 +141,47 @@ class Dispatcher:
 
     # -- lanes and workers --------------------------------------------------------------------
 
-    def _put(self, lane: Lane, batch: list[Event], size: int) -> None:
+    def _put(self, lane: Lane, batch: Sequence[Event], size: int) -> None:
         # Once one event is dropped, so is all that follows, until the gap that tells of it is in.
         coalesced = lane.coalesced
         refused = len(batch) if lane in self._overflowing else lane.put(batch, size)
         if lane.coalesced > coalesced:
             self._stats.add("coalesced", lane.coalesced - coalesced)
         if refused:
-            self._stats.add("dropped", refused)
-            # From when the first of them was published: we may have been late to read it.
-            since = min(event.published_at for event in batch[-refused:])
-            known = self._overflowing.get(lane)
-            self._overflowing[lane] = since if known is None else min(since, known)
-            if known is None:
-                logger.error(
-                    "Receiver %s does not keep up: events are dropped into a gap",
-                    lane.receiver.uid,
-                    extra={"receiver": lane.receiver.uid},
-                )
-        self._work_on(lane)
+            self._overflow(lane, batch[-refused:])
+        self._runner.staff(lane)
+
+    def _overflow(self, lane: Lane, refused: Sequence[Event]) -> None:
+        self._stats.add("dropped", len(refused))
+        # From when the first of them was published: we may have been late to read it.
+        since = min(event.published_at for event in refused)
+        known = self._overflowing.get(lane)
+        self._overflowing[lane] = since if known is None else min(since, known)
+        if known is None:
+            logger.error(
+                "Receiver %s does not keep up: events are dropped into a gap",
+                lane.receiver.uid,
+                extra={"receiver": lane.receiver.uid},
+            )
+        if lane.idle:
+            # Its last worker went before it could know that somebody waits for it to go.
+            self._end_overflow(lane)
 
     def _put_gap(
         self, lane: Lane, topic: str, since: datetime | None, until: datetime, cause: str
     ) -> None:
         lane.put_gap(gap_event(topic, since=since, until=until, cause=cause, using=self._using))
-        self._work_on(lane)
-
-    def _work_on(self, lane: Lane) -> None:
-        self._idle.clear()
         self._runner.staff(lane)
 
     def _worker_ended(self, lane: Lane) -> None:
-        if self._stopping:
-            return
-        self._end_overflow(lane)
-        if not lane.idle:
-            self._work_on(lane)
-        elif all(lane.idle for _, lane in self._routes):
-            self._idle.set()
+        """By any thread; the loop is woken only where something waits for it."""
+        if (self._settling or lane in self._overflowing) and lane.idle:
+            self._runner.on_loop(self._emptied, lane)
+
+    def _emptied(self, lane: Lane) -> None:
+        if not self._stopping:
+            self._end_overflow(lane)
+        self._idle.set()
 
     def _end_overflow(self, lane: Lane) -> None:
         """A lane that has emptied hears of what it missed, before anything newer."""
@@ -175,9 +201,13 @@ class Dispatcher:
 
     async def settled(self) -> None:
         """Wait until every event handed over so far has been handled."""
-        while not all(lane.idle for _, lane in self._routes):
-            self._idle.clear()
-            await self._idle.wait()
+        self._settling += 1
+        try:
+            while not all(lane.idle for _, lane in self._routes):
+                self._idle.clear()
+                await self._idle.wait()
+        finally:
+            self._settling -= 1
 
     async def drain(self, timeout: float) -> bool:
         """Finish what runs and what waits, within ``timeout`` seconds; tells whether it did."""

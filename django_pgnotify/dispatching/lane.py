@@ -3,22 +3,44 @@
 Pure scheduling; who calls the receiver lives in ``runner``. Events with the same key run one
 after the other, in order; with ``concurrency`` 1 all events do. A gap marker runs alone: after
 everything before it, before anything behind it. Any thread may take and finish.
+
+Events come, wait and go in batches, so that what the lane costs is paid once for many of them.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 from ..events import Event
 from ..registry import Receiver
 
 
-class _Waiting(NamedTuple):
-    event: Event
-    size: int
+class _Waiting:
+    """Events that came together, and the bytes of payload that each of them counts for."""
+
+    __slots__ = ("events", "share")
+
+    def __init__(self, events: Iterable[Event], share: int) -> None:
+        self.events = deque(events)
+        self.share = share
+
+
+class Batch:
+    """Events in a worker's hand, to be handled in order.
+
+    Attributes:
+        events: the lane may cut off the end of it, while the worker goes through it.
+        handled: how many have been; the worker counts.
+    """
+
+    __slots__ = ("events", "handled", "share")
+
+    def __init__(self, events: list[Event], share: int) -> None:
+        self.events = events
+        self.share = share
+        self.handled = 0
 
 
 class Lane:
@@ -32,6 +54,7 @@ class Lane:
 
     def __init__(self, receiver: Receiver, max_waiting: int, max_bytes: int) -> None:
         self.receiver = receiver
+        self.receiver_is_async = receiver.is_async
         self.max_waiting = max_waiting
         self.max_bytes = max_bytes
         self.coalesced = 0
@@ -43,7 +66,7 @@ class Lane:
         self._waiting = 0
         self._bytes = 0
         self._workers = 0
-        self._running = 0
+        self._in_hand: set[Batch] = set()
         self._in_gap = False
 
     def put(self, events: Sequence[Event], size: int = 0) -> int:
@@ -55,10 +78,11 @@ class Lane:
         Args:
             size: bytes of payload the events came in.
         """
-        share = size // len(events) if events else 0
+        if not events:
+            return 0
+        share = size // len(events)
         with self._lock:
-            for event in events:
-                self._queue.append(_Waiting(event, share))
+            self._queue.append(_Waiting(events, share))
             self._waiting += len(events)
             self._bytes += share * len(events)
             if self._fits():
@@ -66,16 +90,20 @@ class Lane:
             self._coalesce()
             dropped = 0
             while dropped < len(events) and self._queue and not self._fits():
-                if self._queue[-1].event.action == "gap":
+                last = self._queue[-1]
+                if last.events[-1].action == "gap":
                     break  # it is there so that nothing is lost in silence
-                self._forget(self._queue.pop())
+                last.events.pop()
+                self._forget(1, last.share)
+                if not last.events:
+                    self._queue.pop()
                 dropped += 1
             return dropped
 
     def put_gap(self, event: Event) -> None:
         """Queue a gap marker; there is always room for one."""
         with self._lock:
-            self._queue.append(_Waiting(event, 0))
+            self._queue.append(_Waiting([event], 0))
             self._waiting += 1
 
     def hire(self) -> int:
@@ -83,40 +111,63 @@ class Lane:
         with self._lock:
             if not self._queue or self._held_up():
                 return 0
-            wanted = min(self.receiver.concurrency - self._workers, len(self._queue))
-            if self._queue[0].event.action == "gap":
+            wanted = min(self.receiver.concurrency - self._workers, self._waiting - self._asleep())
+            if self._next_is_gap():
                 wanted = min(wanted, 1)
             self._workers += max(0, wanted)
             return max(0, wanted)
 
-    def take(self) -> Event | None:
-        """The next event that may run, for a hired worker; None dismisses the worker."""
+    def take(self, limit: int = 1) -> Batch | None:
+        """Up to ``limit`` events that may run, for a hired worker; None dismisses the worker."""
         with self._lock:
-            while self._queue and not self._held_up():
-                waiting = self._queue.popleft()
-                event = waiting.event
-                if event.action == "gap":
-                    self._in_gap = True
-                elif event.key is not None:
-                    if event.key in self._busy:
-                        self._parked.setdefault(event.key, deque()).append(waiting)
-                        continue
-                    self._busy.add(event.key)
-                self._forget(waiting)
-                self._running += 1
-                return event
-            self._workers -= 1
-            return None
+            events: list[Event] = []
+            size = 0
+            if not self._queue or self._held_up():
+                pass
+            elif self._next_is_gap():
+                events = [self._queue.popleft().events[0]]
+                self._in_gap = True
+            elif self.receiver.concurrency == 1:
+                first = self._queue[0]
+                if len(first.events) <= limit:
+                    events = list(self._queue.popleft().events)
+                else:
+                    events = [first.events.popleft() for _ in range(limit)]
+                size = first.share * len(events)
+            else:
+                events, size = self._take_free_keys(limit)
+            if not events:
+                self._workers -= 1
+                return None
+            self._waiting -= len(events)
+            self._bytes -= size
+            batch = Batch(events, size // len(events))
+            self._in_hand.add(batch)
+            return batch
 
-    def done(self, event: Event) -> None:
-        """``event`` has been handled; the next one of its key may run."""
+    def finish(self, batch: Batch, keep: bool = False) -> Batch | None:
+        """Free the keys of what has been handled of ``batch``, and queue the rest of it again.
+
+        Args:
+            keep: the first event of the rest stays in the worker's hand, to be tried again.
+
+        Returns:
+            What stays in hand, None if nothing does.
+        """
         with self._lock:
-            self._running -= 1
-            if event.action == "gap":
-                self._in_gap = False
-            elif event.key is not None:
-                self._busy.discard(event.key)
-                self._queue.extendleft(reversed(self._parked.pop(event.key, ())))
+            self._in_hand.discard(batch)
+            self._in_gap = False
+            rest = batch.events[batch.handled :]
+            kept = None
+            if keep and rest:
+                kept = Batch([rest.pop(0)], batch.share)
+                self._in_hand.add(kept)
+                self._in_gap = kept.events[0].action == "gap"
+            if self.receiver.concurrency > 1:
+                rest = self._free_keys(batch, rest, kept)
+            if rest:
+                self._queue_again(rest, batch.share)
+            return kept
 
     def leave(self) -> None:
         """A hired worker goes without having been dismissed by :meth:`take`."""
@@ -124,52 +175,106 @@ class Lane:
             self._workers -= 1
 
     def clear(self) -> int:
-        """Forget what waits; returns how many events that were."""
+        """Forget what waits, in hands too; returns how many events that were."""
         with self._lock:
-            dropped, self._waiting, self._bytes = self._waiting, 0, 0
+            dropped, self._waiting, self._bytes = self.waiting, 0, 0
             self._queue.clear()
             self._parked.clear()
+            for batch in self._in_hand:
+                del batch.events[batch.handled + 1 :]
             return dropped
 
     @property
     def waiting(self) -> int:
         """Events that wait to be run."""
-        return self._waiting
+        in_hand = (len(batch.events) - batch.handled - 1 for batch in tuple(self._in_hand))
+        return self._waiting + sum(max(0, count) for count in in_hand)
 
     @property
     def running(self) -> int:
-        """Events that run now."""
-        return self._running
+        """Workers that have events in hand."""
+        return len(self._in_hand)
 
     @property
     def idle(self) -> bool:
         with self._lock:
-            return self._waiting == 0 and self._running == 0 and self._workers == 0
+            return self._waiting == 0 and not self._in_hand and self._workers == 0
+
+    def _next_is_gap(self) -> bool:
+        return self._queue[0].events[0].action == "gap"
 
     def _held_up(self) -> bool:
         """Whether nothing may start: a gap runs, or is next and something before it still runs."""
-        return self._in_gap or (self._queue[0].event.action == "gap" and self._running > 0)
+        return self._in_gap or (self._next_is_gap() and bool(self._in_hand))
 
     def _fits(self) -> bool:
         return self._waiting <= self.max_waiting and self._bytes <= self.max_bytes
 
-    def _forget(self, waiting: _Waiting) -> None:
-        self._waiting -= 1
-        self._bytes -= waiting.size
+    def _forget(self, count: int, share: int) -> None:
+        self._waiting -= count
+        self._bytes -= share * count
+
+    def _queue_again(self, events: list[Event], share: int) -> None:
+        self._queue.appendleft(_Waiting(events, share))
+        self._forget(-len(events), share)
+
+    # -- keys, where several workers share the lane -------------------------------------------
+
+    def _asleep(self) -> int:
+        return sum(len(waiting.events) for parked in self._parked.values() for waiting in parked)
+
+    def _take_free_keys(self, limit: int) -> tuple[list[Event], int]:
+        """The first events whose key nobody has in hand; those before them with one are parked."""
+        taken: list[Event] = []
+        keys: set[str] = set()
+        size = 0
+        while self._queue and len(taken) < limit and not self._next_is_gap():
+            first = self._queue[0]
+            event = first.events.popleft()
+            if not first.events:
+                self._queue.popleft()
+            if event.key is not None and event.key not in keys:
+                if event.key in self._busy:
+                    parked = self._parked.setdefault(event.key, deque())
+                    parked.append(_Waiting([event], first.share))
+                    continue
+                keys.add(event.key)
+            taken.append(event)
+            size += first.share
+        self._busy |= keys
+        return taken, size
+
+    def _free_keys(self, batch: Batch, rest: list[Event], kept: Batch | None) -> list[Event]:
+        """Let others have the keys of ``batch``; returns what of ``rest`` may be queued again.
+
+        What is parked under a key came after the rest, so it must stand behind it.
+        """
+        still = None if kept is None else kept.events[0].key
+        for key in {event.key for event in batch.events} - {still, None}:
+            self._busy.discard(key)
+            self._queue.extendleft(reversed(self._parked.pop(key, ())))  # type: ignore[arg-type]
+        if still is None:
+            return rest
+        behind = [event for event in rest if event.key == still]
+        if behind:
+            self._parked.setdefault(still, deque()).appendleft(_Waiting(behind, batch.share))
+            self._forget(-len(behind), batch.share)
+        return [event for event in rest if event.key != still]
 
     def _coalesce(self) -> None:
         """Drop updates that the same row's later update or deletion has made old news."""
-        kept: deque[_Waiting] = deque()
         superseded: set[str] = set()
         for waiting in reversed(self._queue):
-            event = waiting.event
-            if event.action == "gap":
-                superseded.clear()  # nothing may move across the marker
-            if event.action == "updated" and event.key in superseded:
-                self._forget(waiting)
-                self.coalesced += 1
-                continue
-            if event.action in ("updated", "deleted") and event.key is not None:
-                superseded.add(event.key)
-            kept.appendleft(waiting)
-        self._queue = kept
+            kept: deque[Event] = deque()
+            for event in reversed(waiting.events):
+                if event.action == "gap":
+                    superseded.clear()  # nothing may move across the marker
+                if event.action == "updated" and event.key in superseded:
+                    self._forget(1, waiting.share)
+                    self.coalesced += 1
+                    continue
+                if event.action in ("updated", "deleted") and event.key is not None:
+                    superseded.add(event.key)
+                kept.appendleft(event)
+            waiting.events = kept
+        self._queue = deque(waiting for waiting in self._queue if waiting.events)

@@ -7,8 +7,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Protocol, cast
 
 from asgiref.sync import sync_to_async
 from django.apps import apps
@@ -24,8 +24,8 @@ from ..wire import (
     Reference,
     decode_frame,
     event_from,
+    events_from,
     foreign_event,
-    reference_in,
     stored_body,
     wire_channel,
 )
@@ -115,7 +115,7 @@ class Intake:
 
     def _take(self, notifications: Sequence[Notification]) -> None:
         entries = self._decode(notifications)
-        if any(isinstance(entry, _Pending) for entry in entries):
+        if _Pending in map(type, entries):
             self._fetching = asyncio.create_task(self._fetch(entries), name="pgnotify-fetch")
         elif entries:
             size = sum(len(notification.payload) for notification in notifications)
@@ -147,25 +147,22 @@ class Intake:
                     )
                 )
                 continue
-            for raw in frame.events:
-                # One event that is wrong does not take the others of its frame with it.
-                try:
-                    reference = reference_in(raw)
-                    if reference is not None:
-                        entries.append(_Pending(reference, topic, source))
-                    else:
-                        entries.append(
-                            event_from(
-                                raw,
-                                topic=topic,
-                                source=source,
-                                received_at=now,
-                                using=using,
-                                resolve=resolve_row,
-                            )
-                        )
-                except FrameError as exc:
-                    self._report(topic, backend, len(payload), exc)
+            found = events_from(
+                frame.events,
+                partial(self._report, topic, backend, len(payload)),
+                topic=topic,
+                source=source,
+                received_at=now,
+                using=using,
+                resolve=resolve_row,
+            )
+            if Reference in map(type, found):
+                entries += [
+                    _Pending(one, topic, source) if isinstance(one, Reference) else one
+                    for one in found
+                ]
+            else:
+                entries += cast("list[Event]", found)
         return entries
 
     async def _fetch(self, entries: list[Event | _Pending]) -> None:

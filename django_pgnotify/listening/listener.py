@@ -103,6 +103,7 @@ class Listener:
         self._opening: asyncio.Task[ListenConnection] | None = None
         self._kicked = False
         self._waiter: asyncio.Future[None] | None = None
+        self._undone: list[Command] = []
 
     # -- from outside, on the same loop -----------------------------------------------------
 
@@ -182,10 +183,34 @@ class Listener:
                     alarm.cancel()
         self._kicked = False
 
+    def _on_input(self) -> None:
+        """The connection has read something.
+
+        Frames, which is what comes most, go straight to the sink while :meth:`run` only waits. It
+        is woken for everything else, and sees to it in its turn.
+        """
+        connection = self._connection
+        if connection is None or self._waiter is None or self._kicked:
+            self.kick()
+            return
+        heard = connection.take()
+        if self._own_channels.isdisjoint(one.channel for one in heard):
+            for command in self.session.notified(self._now(), heard) if heard else ():
+                if isinstance(command, todo.Deliver):
+                    self._sink.notified(command.notifications)
+                else:
+                    self._undone.append(command)
+        else:
+            self._unread.extend(heard)
+        if self._unread or self._undone or connection.lost is not None:
+            self.kick()
+
     async def _read(self) -> None:
         connection = self._connection
         if connection is None:
             return
+        undone, self._undone = self._undone, []
+        await self._carry_out(undone)
         self._unread.extend(connection.take())
         while self._unread:
             heard = self._next_frames()
@@ -311,7 +336,7 @@ class Listener:
 
     async def _connect(self) -> ListenConnection:
         opening = ListenConnection.open(
-            connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=self.kick
+            connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=self._on_input
         )
         self._opening = asyncio.create_task(opening, name="pgnotify-connect")
         try:

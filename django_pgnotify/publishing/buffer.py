@@ -16,19 +16,25 @@ hooks are pending is read off Django's list each time: a copy of our own could m
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from operator import itemgetter
-from typing import cast
+from operator import attrgetter
+from typing import Any, Protocol, cast
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..wire import Outgoing
 
-logger = logging.getLogger("django_pgnotify.publishing")
 
-Send = Callable[[Sequence[Outgoing], str], None]
+class Unencoded(Protocol):
+    """An event that is encoded when it leaves; what it says is settled."""
+
+    def encode(self) -> Outgoing | None:
+        """The event as it is sent; None where it cannot be, which it has reported."""
+
+
+Noted = Outgoing | Unencoded
+Send = Callable[[Sequence[Noted], str], None]
 
 _Hook = tuple[set[str | None], Callable[[], None], bool]
 
@@ -38,93 +44,91 @@ class CommitBuffer:
 
     Args:
         connection: whose transactions the events belong to.
-        send: sends events on an alias; whatever it raises is given to ``failed``.
-        failed: told of events that could not be sent; must not raise.
+        send: sends events on an alias; must not raise, because the commit stands.
     """
 
-    def __init__(
-        self,
-        connection: BaseDatabaseWrapper,
-        send: Send,
-        failed: Callable[[Sequence[Outgoing], str, Exception], None],
-    ) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, send: Send) -> None:
         self.connection = connection
         self._send = send
-        self._failed = failed
-        self._released: list[tuple[str, Outgoing]] = []
+        self.released: list[_Run] = []
+        self._flush = self.flush  # one object, so that a look tells which hook is ours
         self._place = 0
+        """How many hooks at the head of the list are ours; the last of them is ``flush``."""
 
-    def add(self, event: Outgoing, using: str) -> None:
+    def add(self, event: Noted, using: str) -> None:
         """Send ``event`` on alias ``using`` after the commit; at once outside a transaction."""
-        if not self.connection.in_atomic_block:
-            self._released.append((using, event))
-            self.flush()
+        connection = self.connection
+        if not connection.in_atomic_block:
+            self._send([event], using)
             return
-        savepoints = tuple(self.connection.savepoint_ids)
-        hooks = _hooks(self.connection)
-        run = _Run(self, savepoints, (using, event))
-        release: _Hook = (set(savepoints), run.release, True)
-        flush: _Hook = (set(), self.flush, True)
-        if _in_testcase(self.connection):
+        hooks = _hooks(connection)
+        if _in_testcase(connection):
             # captureOnCommitCallbacks() looks at hooks that were added at the end.
-            hooks += [release, flush]
+            hooks += self._run_with(event, using)
             return
-        place = self._own_hooks(hooks)
+        place = self._place
+        if not (0 < place <= len(hooks) and hooks[place - 1][1] is self._flush):
+            # Another transaction, or a savepoint took some of our hooks with it.
+            flushes = (n for n, hook in enumerate(hooks, 1) if hook[1] is self._flush)
+            self._place = place = next(flushes, 0)
+        run: Any = getattr(hooks[place - 2][1], "__self__", None) if place > 1 else None
+        if type(run) is _Run and run.using == using and run.savepoints == connection.savepoint_ids:
+            run.events.append(event)
+            return
         if place == 0:
-            hooks[:0] = [release, flush]
+            hooks[:0] = self._run_with(event, using)
             self._place = 2
-            return
-        latest = getattr(hooks[place - 2][1], "__self__", None) if place > 1 else None
-        if isinstance(latest, _Run) and latest.savepoints == savepoints:
-            latest.events.append((using, event))
         else:
-            hooks.insert(place - 1, release)
+            hooks.insert(place - 1, self._run_with(event, using)[0])
             self._place = place + 1
 
-    def _own_hooks(self, hooks: list[_Hook]) -> int:
-        """How many hooks at the head of the list are ours; the last of them is ``flush``."""
-        place = self._place
-        if not (0 < place <= len(hooks) and hooks[place - 1][1] == self.flush):
-            # Another transaction, or a savepoint took some of them with it.
-            flushes = (n for n, hook in enumerate(hooks, 1) if hook[1] == self.flush)
-            self._place = place = next(flushes, 0)
-        return place
-
-    def release(self, events: list[tuple[str, Outgoing]]) -> None:
-        self._released += events
+    def _run_with(self, event: Noted, using: str) -> list[_Hook]:
+        """The hooks of a new run: its release, and the flush behind it."""
+        run = _Run(self, self.connection.savepoint_ids, using, event)
+        return [(set(run.savepoints), run.release, True), (set(), self._flush, True)]
 
     def flush(self) -> None:
-        """Send what has been released, alias by alias; never raises."""
-        released, self._released = self._released, []
-        for using, pairs in groupby(released, itemgetter(0)):
-            events = [event for _, event in pairs]
-            try:
-                self._send(events, using)
-            except Exception as exc:  # noqa: BLE001 - reported; the commit stands
-                self._failed(events, using, exc)
+        """Send what has been released, alias by alias."""
+        released, self.released = self.released, []
+        for using, runs in groupby(released, attrgetter("using")):
+            self._send([event for run in runs for event in run.events], using)
 
 
 class _Run:
-    """Events published one after the other under the same savepoints."""
+    """Events for one alias, published one after the other under the same savepoints."""
 
     def __init__(
-        self, buffer: CommitBuffer, savepoints: tuple[str | None, ...], first: tuple[str, Outgoing]
+        self,
+        buffer: CommitBuffer,
+        savepoints: list[str],
+        using: str,
+        first: Noted,
     ) -> None:
         self.buffer = buffer
-        self.savepoints = savepoints
+        self.savepoints = savepoints.copy()
+        self.using = using
         self.events = [first]
 
     def release(self) -> None:
-        self.buffer.release(self.events)
+        self.buffer.released.append(self)
 
 
 def pending(connection: BaseDatabaseWrapper) -> list[tuple[str, Outgoing]]:
     """Events that would leave if the open transaction committed now, as (alias, event)."""
     events: list[tuple[str, Outgoing]] = []
     for _, hook, _ in _hooks(connection):
-        if getattr(hook, "__func__", None) is _Run.release:
-            events += hook.__self__.events  # type: ignore[attr-defined]
+        run = getattr(hook, "__self__", None)
+        if isinstance(run, _Run):
+            sent = encoded(run.events)
+            run.events[:] = sent
+            events += [(run.using, event) for event in sent]
     return events
+
+
+def encoded(events: Iterable[Noted]) -> list[Outgoing]:
+    """``events`` as they are sent."""
+    found = (event if isinstance(event, Outgoing) else event.encode() for event in events)
+    return [event for event in found if event is not None]
 
 
 def _in_testcase(connection: BaseDatabaseWrapper) -> bool:

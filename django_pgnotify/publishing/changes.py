@@ -13,7 +13,7 @@ from typing import Any
 from django.db.models import Field, Model
 
 from ..exceptions import InvalidFields
-from .publisher import to_plain
+from .plain import to_plain
 
 _IMMUTABLE = (
     type(None),
@@ -57,10 +57,24 @@ def _concrete_fields(model: type[Model]) -> dict[str, Field[Any, Any]]:
     return fields | {field.name: field for field in model._meta.concrete_fields}
 
 
+@functools.cache
+def _named_fields(model: type[Model], names: tuple[str, ...]) -> tuple[Field[Any, Any], ...]:
+    fields = _concrete_fields(model)
+    return tuple(fields[name] for name in names)
+
+
+def has_any(model: type[Model], names: Collection[str]) -> bool:
+    """Whether one of ``names`` is a column of the model's own table or of its parents'."""
+    return not _concrete_fields(model).keys().isdisjoint(names)
+
+
 def plain_pk(model: type[Model], instance: Model) -> Any:
     """The primary key that ``instance`` has as a row of ``model``, as a JSON value."""
-    values = [plain(getattr(instance, field.attname)) for field in model._meta.pk_fields]
-    return values[0] if len(values) == 1 else values
+    first, *others = model._meta.pk_fields
+    value = plain(getattr(instance, first.attname))
+    if not others:
+        return value
+    return [value, *(plain(getattr(instance, field.attname)) for field in others)]
 
 
 def plain(value: Any) -> Any:
@@ -71,7 +85,7 @@ def plain(value: Any) -> Any:
 def plain_values(
     model: type[Model],
     instance: Model,
-    names: Collection[str],
+    names: tuple[str, ...],
     update_fields: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Values of the named fields as JSON values.
@@ -79,11 +93,11 @@ def plain_values(
     Left out is what the row may not have: an expression, which is no value yet, and a value that
     was assigned and not among ``update_fields``.
     """
-    fields = _concrete_fields(model)
+    if not names:
+        return {}
     before = _loaded(model, instance)
     values = {}
-    for name in names:
-        field = fields[name]
+    for name, field in zip(names, _named_fields(model, names), strict=True):
         in_row = _is_written(field, update_fields) or (
             before.get(name, _UNKNOWN) is not _UNKNOWN
             and before[name] == _snapshot(field, instance)
@@ -103,10 +117,15 @@ def plain_values(
     return values
 
 
+def can_change(data: dict[str, Any]) -> bool:
+    """Whether the program holds a part of ``data`` that it may change after the save."""
+    return any(isinstance(value, (dict, list)) for value in data.values())
+
+
 def remember(
     model: type[Model],
     instance: Model,
-    names: Collection[str],
+    names: tuple[str, ...],
     written: Collection[str] | None = None,
     *,
     may_roll_back: bool = False,
@@ -117,11 +136,10 @@ def remember(
         written: only these were read or written; None for all of them.
         may_roll_back: a value that differs from the one before is then not known any more.
     """
-    fields = _concrete_fields(model)
     loaded = _loaded(model, instance)
-    for name in names:
-        if _is_written(fields[name], written):
-            value = _snapshot(fields[name], instance)
+    for name, field in zip(names, _named_fields(model, names), strict=True):
+        if _is_written(field, written):
+            value = _snapshot(field, instance)
             if may_roll_back and (name not in loaded or loaded[name] != value):
                 value = _UNKNOWN
             loaded[name] = value
@@ -142,7 +160,7 @@ def _is_written(field: Field[Any, Any], written: Collection[str] | None) -> bool
     return written is None or field.name in written or field.attname in written
 
 
-def watch_refresh(sender: type[Model], model: type[Model], names: Collection[str]) -> None:
+def watch_refresh(sender: type[Model], model: type[Model], names: tuple[str, ...]) -> None:
     """Have ``refresh_from_db()`` of ``sender``, which sends no signal, note what it has read."""
     refresh = sender.refresh_from_db
 
@@ -174,7 +192,7 @@ def _snapshot(field: Field[Any, Any], instance: Model) -> Any:
 def changed_names(
     model: type[Model],
     instance: Model,
-    names: Collection[str],
+    names: tuple[str, ...],
     update_fields: Collection[str] | None,
 ) -> tuple[str, ...] | None:
     """Names of the fields that an update changed, None where that is not known.
@@ -182,15 +200,14 @@ def changed_names(
     Without ``names`` it is what ``update_fields`` says was written. With them, each is compared
     with the value that was loaded, or last saved, through this instance.
     """
-    fields = _concrete_fields(model)
     if not names:
         if update_fields is None:
             return None
+        fields = _concrete_fields(model)
         return tuple(sorted({fields[name].name for name in update_fields if name in fields}))
     before = _loaded(model, instance)
     changed = []
-    for name in names:
-        field = fields[name]
+    for name, field in zip(names, _named_fields(model, names), strict=True):
         if not _is_written(field, update_fields):
             continue
         was, now = before.get(name, _UNKNOWN), _snapshot(field, instance)

@@ -22,13 +22,14 @@ from django.db.models.signals import (
 
 from ..conf import conf
 from ..events import MODEL_ACTIONS, Action, Delivery, check_actions, check_delivery, check_topic
-from ..exceptions import EventDataError, InvalidArgument, PgNotifyError, UnsupportedDatabase
+from ..exceptions import InvalidArgument, PgNotifyError, UnsupportedDatabase
 from ..registry import Publication, is_model, model_label, registry
-from ..stats import publishing_stats
+from ..wire import Outgoing
 from . import changes
-from .publisher import deliver, encode, outside_transaction
+from .publisher import deliver, outside_transaction
 from .quiet import is_quiet
-from .sender import check_alias
+from .row_event import RowEvent, report_change
+from .sender import postgres_connection
 
 logger = logging.getLogger("django_pgnotify.publishing")
 
@@ -232,14 +233,18 @@ def track_configured_models() -> None:
 
 def _publications_of(sender: type[Model]) -> list[Publication]:
     """Publications of the tables that a row of ``sender`` lies in: its own, then its parents'."""
-    found = []
-    for base in sender.__mro__:
-        meta = getattr(base, "_meta", None)
-        if meta is not None and not meta.abstract and not meta.proxy:
-            publication = registry.publications.get(meta.label_lower)
-            if publication is not None:
-                found.append(publication)
-    return found
+    publications = registry.publications
+    labels = _tables_of(sender)
+    if len(labels) == 1:  # nearly always, and at each save
+        publication = publications.get(labels[0])
+        return [] if publication is None else [publication]
+    return [publications[label] for label in labels if label in publications]
+
+
+@functools.cache
+def _tables_of(sender: type[Model]) -> tuple[str, ...]:
+    metas = [base._meta for base in sender.__mro__ if hasattr(base, "_meta")]
+    return tuple(meta.label_lower for meta in metas if not meta.abstract and not meta.proxy)
 
 
 # -- handlers -------------------------------------------------------------------------------
@@ -270,8 +275,7 @@ def _saved(
         model, names = publication.model, publication.fields
         changed = None
         if not created:
-            own = {name for f in model._meta.concrete_fields for name in (f.name, f.attname)}
-            if update_fields is not None and own.isdisjoint(update_fields):
+            if update_fields is not None and not changes.has_any(model, update_fields):
                 continue  # only a child's table was written
             changed = changes.changed_names(model, instance, names, update_fields)
         if not raw or conf.PUBLISH_RAW:
@@ -337,6 +341,8 @@ def _in_order(keys: Iterable[Any]) -> list[Any]:
 def _emit_m2m(
     publication: Publication, field: str, operation: str, pk: Any, related: list[Any], using: str
 ) -> None:
+    if _is_silent(publication, "m2m_changed"):
+        return
     data = {"field": field, "operation": operation, "pks": related}
     _publish(publication, "m2m_changed", changes.plain(pk), data, None, using)
 
@@ -349,17 +355,23 @@ def _emit(
     changed: tuple[str, ...] | None = None,
     written: frozenset[str] | None = None,
 ) -> None:
+    if _is_silent(publication, action):
+        return
     try:
         pk = changes.plain_pk(publication.model, instance)
     except Exception as exc:  # noqa: BLE001 - reported; a save must not fail for its event
-        _report(publication, exc)
+        report_change(publication, exc)
         return
     try:
         data = changes.plain_values(publication.model, instance, publication.fields, written)
     except Exception as exc:  # noqa: BLE001 - reported, and the event goes without its values
-        _report(publication, exc)
+        report_change(publication, exc)
         data = {}
     _publish(publication, action, pk, data, changed, using)
+
+
+def _is_silent(publication: Publication, action: Action) -> bool:
+    return is_quiet() or (publication.actions is not None and action not in publication.actions)
 
 
 def _publish(
@@ -371,36 +383,21 @@ def _publish(
     using: str,
 ) -> None:
     """Hand an event to its tier. Whatever goes wrong before SQL is sent must not break the save."""
-    if is_quiet() or (publication.actions is not None and action not in publication.actions):
-        return
-    about = {"model": publication.label, "pk": pk, "changed": changed}
+    target = publication.using or using
     try:
         tier = publication.tier(conf.DELIVERY)
-        target = check_alias(publication.using or using)
-        try:
-            _, event = encode(publication.topic, action, data=data, **about)
-        except EventDataError as exc:
-            # A row that changed in silence is worse than an event without its values.
-            _report(publication, exc)
-            _, event = encode(publication.topic, action, data={}, **about)
+        connection = postgres_connection(target)
     except UnsupportedDatabase as exc:
-        place = (publication.label, publication.using or using)
-        if place not in _unsupported:
-            _unsupported.add(place)
-            _report(publication, exc)
+        if (publication.label, target) not in _unsupported:
+            _unsupported.add((publication.label, target))
+            report_change(publication, exc)
         return
     except Exception as exc:  # noqa: BLE001 - reported; a save must not fail for its event
-        _report(publication, exc)
+        report_change(publication, exc)
         return
-    deliver(event, tier, connections[using], target)
-
-
-def _report(publication: Publication, exc: Exception) -> None:
-    publishing_stats.add("publish_failed")
-    logger.error(
-        "A change of %s could not be published as it should: %s",
-        publication.label,
-        exc,
-        exc_info=exc,
-        extra={"model": publication.label, "topic": publication.topic},
-    )
+    event: Outgoing | RowEvent | None = RowEvent(publication, action, pk, data, changed)
+    if data and changes.can_change(data):
+        event = event.encode()  # type: ignore[union-attr]
+    if event is not None:
+        # The transaction is that of the alias the row was saved on.
+        deliver(event, tier, connection if target == using else connections[using], target)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.core.serializers.json import DjangoJSONEncoder
-from django.db import connections, transaction
+from django.db import transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..conf import conf
 from ..durable.log import append
-from ..events import Action, Delivery, Topic, check_delivery, check_topic
+from ..events import Delivery, Topic, check_delivery, check_topic, new_event_id
 from ..exceptions import InvalidArgument
-from ..stats import publishing_stats
 from ..wire import Outgoing, encode_event
-from .buffer import CommitBuffer
-from .sender import check_alias, send
-
-logger = logging.getLogger("django_pgnotify.publishing")
+from . import background
+from .buffer import CommitBuffer, Noted, encoded
+from .plain import ENCODER
+from .sender import is_default_transport, postgres_connection, report_unsent, send
 
 _BUFFER = "_pgnotify_commit_buffer"
-_django_json = DjangoJSONEncoder()
 
 
 def publish(
@@ -58,9 +54,10 @@ def publish(
         InvalidTopic, InvalidDelivery, EventDataError, InvalidArgument: bad input.
         UnsupportedDatabase: ``using`` is not a PostgreSQL alias.
     """
-    name, tier, alias = _destination(topic, delivery, using)
-    event_id, event = encode(name, "published", data=data, key=_check_key(key))
-    deliver(event, tier, connections[alias], alias)
+    name, tier, connection = _destination(topic, delivery, using)
+    event_id = new_event_id()
+    event = _encode(name, data, _check_key(key), event_id)
+    deliver(event, tier, connection, connection.alias)
     return event_id
 
 
@@ -103,15 +100,14 @@ def publish_many(
         InvalidTopic, InvalidDelivery, EventDataError, InvalidArgument: bad input.
         UnsupportedDatabase: ``using`` is not a PostgreSQL alias.
     """
-    name, tier, alias = _destination(topic, delivery, using)
+    name, tier, connection = _destination(topic, delivery, using)
     ids, events = [], []
     for item in items:
         own_key = _check_key(key(item) if callable(key) else key)
-        event_id, event = encode(name, "published", data=item, key=own_key)
-        ids.append(event_id)
-        events.append(event)
+        ids.append(new_event_id())
+        events.append(_encode(name, item, own_key, ids[-1]))
     if events:
-        _deliver_many(events, tier, connections[alias], alias)
+        _deliver_many(events, tier, connection)
     return ids
 
 
@@ -129,14 +125,14 @@ async def apublish_many(
 
 def _destination(
     topic: str | Topic, delivery: Delivery | None, using: str | None
-) -> tuple[str, Delivery, str]:
-    """The checked name of a topic, the tier and the database alias."""
+) -> tuple[str, Delivery, BaseDatabaseWrapper]:
+    """The checked name of a topic, the tier, and Django's connection to the database."""
     if isinstance(topic, Topic):
         name, delivery = topic.name, delivery or topic.delivery
     else:
         name = check_topic(topic)
     tier = conf.DELIVERY if delivery is None else check_delivery(delivery)
-    return name, tier, check_alias(conf.DATABASE if using is None else using)
+    return name, tier, postgres_connection(conf.DATABASE if using is None else using)
 
 
 def _check_key(key: object) -> str | None:
@@ -145,57 +141,43 @@ def _check_key(key: object) -> str | None:
     return key
 
 
-def encode(
-    topic: str,
-    action: Action,
-    *,
-    data: Any,
-    model: str | None = None,
-    pk: Any = None,
-    key: str | None = None,
-    changed: Iterable[str] | None = None,
-) -> tuple[str, Outgoing]:
-    """Encode an event of now; returns its id and the event as it is sent."""
+def _encode(topic: str, data: Any, key: str | None, event_id: str) -> Outgoing:
     return encode_event(
         topic,
-        action,
+        "published",
         data=data,
-        model=model,
-        pk=pk,
+        at=time.time(),
+        encoder=ENCODER,
+        event_id=event_id,
         key=key,
-        changed=changed,
-        published_at=datetime.now(UTC),
-        to_plain=to_plain,
     )
 
 
-def to_plain(value: Any) -> Any:
-    """What JSON has no word for, as DjangoJSONEncoder writes it, but with microseconds kept."""
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return _django_json.default(value)
-
-
-def deliver(event: Outgoing, tier: Delivery, connection: BaseDatabaseWrapper, using: str) -> None:
+def deliver(event: Noted, tier: Delivery, connection: BaseDatabaseWrapper, using: str) -> None:
     """Send ``event`` on alias ``using`` as ``tier`` asks; ``connection`` has the transaction."""
     if tier == "durable" and connection.alias == using:
-        append([event], using)
+        logged = encoded([event])
+        if not logged:
+            return  # it cannot be carried, which has been reported
+        append(logged, using)
+        event = logged[0]
     if tier == "atomic" and connection.alias == using:
-        send([event], using)
+        send(encoded([event]), using)
     elif not connection.in_atomic_block and not _autocommit(connection):
         # Nobody tells us of a commit made by hand; inside the transaction PostgreSQL does.
-        send([event], using)
+        send(encoded([event]), using)
     else:
         _buffer_of(connection).add(event, using)
 
 
 def _deliver_many(
-    events: Sequence[Outgoing], tier: Delivery, connection: BaseDatabaseWrapper, using: str
+    events: Sequence[Outgoing], tier: Delivery, connection: BaseDatabaseWrapper
 ) -> None:
-    """As :func:`deliver` for events published together, on the alias of ``connection``."""
+    """As :func:`deliver` for events published together."""
+    using = connection.alias
     if tier == "durable" and outside_transaction(connection):
         with transaction.atomic(using):
-            _deliver_many(events, tier, connection, using)
+            _deliver_many(events, tier, connection)
         return
     if tier == "durable":
         append(events, using)
@@ -206,10 +188,7 @@ def _deliver_many(
         for event in events:
             buffer.add(event, using)
     else:
-        try:
-            send(events, using)
-        except Exception as exc:  # noqa: BLE001 - reported, as for one event
-            report_unsent(events, using, exc)
+        send_committed(events, using)
 
 
 def outside_transaction(connection: BaseDatabaseWrapper) -> bool:
@@ -227,21 +206,18 @@ def _buffer_of(connection: BaseDatabaseWrapper) -> CommitBuffer:
     # Kept on the connection itself: it is per thread, as the transaction is.
     buffer: CommitBuffer | None = getattr(connection, _BUFFER, None)
     if buffer is None:
-        buffer = CommitBuffer(connection, send, report_unsent)
+        buffer = CommitBuffer(connection, send_committed)
         setattr(connection, _BUFFER, buffer)
     return buffer
 
 
-def report_unsent(events: Sequence[Outgoing], using: str, exc: Exception) -> None:
-    """Count and log events that could not be sent after their commit; payloads are not logged."""
-    publishing_stats.add("publish_failed", len(events))
-    topics = sorted({event.topic for event in events})
-    logger.error(
-        "%d event(s) of topic(s) %s could not be sent on database %r after the commit: %s",
-        len(events),
-        ", ".join(topics),
-        using,
-        exc,
-        exc_info=exc,
-        extra={"topics": topics, "count": len(events), "using": using},
-    )
+def send_committed(events: Sequence[Noted], using: str) -> None:
+    """Send events whose transaction has been committed: here and now, or in the background."""
+    if conf.BACKGROUND_SENDER and is_default_transport():
+        background.sender.put(events, using)
+        return
+    sent = encoded(events)
+    try:
+        send(sent, using)
+    except Exception as exc:  # noqa: BLE001 - reported; the commit stands
+        report_unsent(sent, using, exc)

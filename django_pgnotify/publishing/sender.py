@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 from django.db import connections, transaction
@@ -17,15 +19,9 @@ from ..conf import conf
 from ..exceptions import UnsupportedDatabase
 from ..stats import publishing_stats
 from ..wire import FramePacker, Outgoing, reference_to
+from .statement import notify
 
-FRAMES_PER_STATEMENT = 500
-"""At most 4 MB of payload in one statement."""
-
-_NOTIFY_ONE = "SELECT pg_notify(%s, %s)"
-_NOTIFY_MANY = (
-    "SELECT pg_notify(channel, payload) "
-    "FROM unnest(%s::text[], %s::text[]) AS frame(channel, payload)"
-)
+logger = logging.getLogger("django_pgnotify.publishing")
 
 
 class Transport(Protocol):
@@ -38,10 +34,8 @@ class NotifyTransport:
     """Issues NOTIFY on the Django connection of an alias, in the transaction that is open there."""
 
     def send(self, events: Sequence[Outgoing], using: str) -> None:
-        packer = FramePacker(
-            conf.source, conf.CHANNEL_PREFIX, signing.sign if conf.SIGNING else None
-        )
-        if all(map(packer.fits, events)):
+        packer = _packer(conf.source, conf.CHANNEL_PREFIX, conf.SIGNING)
+        if all(event.size <= packer.room for event in events):
             self._notify(packer.pack(events), using)
             return
         # One transaction, so that nobody hears of a row that is not there yet.
@@ -61,16 +55,13 @@ class NotifyTransport:
         ]
 
     def _notify(self, frames: list[tuple[str, str]], using: str) -> None:
-        with own_connection(using).cursor() as cursor:
-            if len(frames) == 1:
-                cursor.execute(_NOTIFY_ONE, frames[0])
-            else:
-                for start in range(0, len(frames), FRAMES_PER_STATEMENT):
-                    channels, payloads = zip(
-                        *frames[start : start + FRAMES_PER_STATEMENT], strict=True
-                    )
-                    cursor.execute(_NOTIFY_MANY, [list(channels), list(payloads)])
+        notify(frames, own_connection(using))
         publishing_stats.add("frames", len(frames))
+
+
+@lru_cache(maxsize=16)
+def _packer(source: str, prefix: str, signing_on: bool) -> FramePacker:
+    return FramePacker(source, prefix, signing.sign if signing_on else None)
 
 
 def own_connection(using: str) -> BaseDatabaseWrapper:
@@ -94,7 +85,8 @@ _OPENED_BY = "_pgnotify_opened_by"
 _inherited: list[Any] = []
 connection_created.connect(_note_process, dispatch_uid="django_pgnotify")
 
-_transport: Transport = NotifyTransport()
+_default_transport = NotifyTransport()
+_transport: Transport = _default_transport
 
 
 def send(events: Sequence[Outgoing], using: str) -> None:
@@ -122,17 +114,41 @@ def current_transport() -> Transport:
     return _transport
 
 
+def is_default_transport() -> bool:
+    return _transport is _default_transport
+
+
+def report_unsent(events: Sequence[Outgoing], using: str, exc: Exception) -> None:
+    """Count and log events that could not be sent after their commit; payloads are not logged."""
+    publishing_stats.add("publish_failed", len(events))
+    topics = sorted({event.topic for event in events})
+    logger.error(
+        "%d event(s) of topic(s) %s could not be sent on database %r after the commit: %s",
+        len(events),
+        ", ".join(topics),
+        using,
+        exc,
+        exc_info=exc,
+        extra={"topics": topics, "count": len(events), "using": using},
+    )
+
+
 def check_alias(using: object) -> str:
     """Return ``using`` if it is the alias of a PostgreSQL database.
 
     Raises:
         UnsupportedDatabase: it is not in DATABASES, or its engine is not PostgreSQL.
     """
+    return postgres_connection(using).alias
+
+
+def postgres_connection(using: object) -> BaseDatabaseWrapper:
+    """The Django connection of a PostgreSQL alias; raises as :func:`check_alias` does."""
     try:
         connection = connections[using] if isinstance(using, str) else None
     except ConnectionDoesNotExist:
         connection = None
-    if connection is None or not isinstance(using, str):
+    if connection is None:
         raise UnsupportedDatabase(
             f"There is no database alias {using!r}; "
             f"DATABASES has {', '.join(map(repr, connections))}."
@@ -142,4 +158,4 @@ def check_alias(using: object) -> str:
             f"Database alias {using!r} is {connection.vendor}, which has no NOTIFY; "
             f"name a PostgreSQL alias in using= or PGNOTIFY_DATABASE."
         )
-    return using
+    return connection

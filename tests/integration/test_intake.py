@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -16,6 +16,7 @@ from pytest_django import Settings
 
 from django_pgnotify import publish, receiver, signing
 from django_pgnotify.models import StoredEvent
+from django_pgnotify.publishing.plain import ENCODER
 from django_pgnotify.publishing.store import store
 from django_pgnotify.registry import registry
 from django_pgnotify.testing import RunningListener, running_listener
@@ -236,8 +237,8 @@ def test_a_big_change_of_a_model_carries_its_fields(recorder: Recorder) -> None:
 
 def test_what_follows_a_stored_event_that_is_being_fetched_waits_for_it_the_gap_included() -> None:
     heard = Recorder()
-    _, big = encode_event(
-        "jobs", "published", data="x" * 50_000, published_at=datetime.now(UTC), to_plain=str
+    big = encode_event(
+        "jobs", "published", data="x" * 50_000, at=time.time(), encoder=ENCODER, event_id="big"
     )
     [row] = store([big.body], "default")
     reference = frame(json.loads(reference_to(big, row).body))
@@ -301,8 +302,8 @@ def test_a_signature_is_good_on_its_own_channel_only(
     settings.PGNOTIFY_SIGNING = True
     receiver("other")(Recorder())
     packer = FramePacker("test:1", "", signing.sign)
-    _, outgoing = encode_event(
-        "other", "published", data="x", published_at=datetime.now(UTC), to_plain=str
+    outgoing = encode_event(
+        "other", "published", data="x", at=time.time(), encoder=ENCODER, event_id="signed"
     )
     [(channel, payload)] = packer.pack([outgoing])
     with running_listener() as listener:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from django_pgnotify import Event
-from django_pgnotify.dispatching.lane import Lane
+from django_pgnotify.dispatching.lane import Batch, Lane
 from django_pgnotify.registry import Receiver
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -29,8 +29,21 @@ def lane(concurrency: int = 1, max_waiting: int = PLENTY, max_bytes: int = PLENT
     return Lane(receiver, max_waiting, max_bytes)
 
 
-def number(one: Event | None) -> Any:
-    return None if one is None else one.data
+def number(batch: Batch | None) -> Any:
+    """The number of the one event in hand."""
+    if batch is None:
+        return None
+    [one] = batch.events
+    return one.data
+
+
+def numbers(batch: Batch | None) -> list[Any]:
+    return [] if batch is None else [one.data for one in batch.events]
+
+
+def done(one: Lane, batch: Batch) -> None:
+    batch.handled = len(batch.events)
+    assert one.finish(batch) is None
 
 
 def drain(one: Lane) -> list[Any]:
@@ -38,8 +51,8 @@ def drain(one: Lane) -> list[Any]:
     found = []
     for _ in range(one.hire() and 1):
         while (taken := one.take()) is not None:
-            found.append(taken.data)
-            one.done(taken)
+            found += numbers(taken)
+            done(one, taken)
     return found
 
 
@@ -62,7 +75,7 @@ def test_events_of_one_key_never_run_at_once() -> None:
     assert [number(first), number(second), number(third)] == [0, 2, 3]
     assert one.waiting == 1
     assert first is not None
-    one.done(first)
+    done(one, first)
     assert number(one.take()) == 1
 
 
@@ -74,11 +87,11 @@ def test_what_was_parked_runs_before_what_came_later_of_the_same_key() -> None:
     assert one.take() is None  # parks 1 and 2, and dismisses the second worker
     one.put([event(3, "a")])
     assert first is not None
-    one.done(first)
+    done(one, first)
     found = []
     while (taken := one.take()) is not None:
-        found.append(taken.data)
-        one.done(taken)
+        found += numbers(taken)
+        done(one, taken)
     assert found == [1, 2, 3]
 
 
@@ -96,8 +109,79 @@ def test_a_key_whose_receiver_failed_is_free_again() -> None:
     one.hire()
     first = one.take()
     assert first is not None
-    one.done(first)  # however it ended
+    done(one, first)  # however it ended
     assert number(one.take()) == 1
+
+
+# -- batches ---------------------------------------------------------------------------------
+
+
+def test_a_batch_is_what_came_together_up_to_the_limit() -> None:
+    one = lane()
+    one.put([event(place) for place in range(5)])
+    one.hire()
+    first = one.take(3)
+    assert numbers(first) == [0, 1, 2]
+    assert (one.waiting, one.running) == (4, 1)  # two in hand have not begun
+    assert first is not None
+    done(one, first)
+    assert numbers(one.take(3)) == [3, 4]
+
+
+def test_what_a_worker_did_not_come_to_is_first_in_the_queue_again() -> None:
+    one = lane()
+    one.put([event(place) for place in range(4)], size=400)
+    one.hire()
+    batch = one.take(3)
+    assert batch is not None
+    batch.handled = 1
+    assert one.finish(batch) is None
+    assert one.waiting == 3
+    assert numbers(one.take(9)) == [1, 2]
+
+
+def test_an_event_to_be_tried_again_stays_in_hand_and_the_others_can_go_on() -> None:
+    one = lane(concurrency=2)
+    one.put([event(0, "a"), event(1, "a"), event(2, "b")])
+    one.hire()
+    batch = one.take(3)
+    assert batch is not None
+    kept = one.finish(batch, keep=True)
+    assert numbers(kept) == [0]
+    assert numbers(one.take(3)) == [2]  # 1 has the key of the one in hand
+    one.put([event(3, "a")])
+    assert kept is not None
+    done(one, kept)
+    assert numbers(one.take(9)) == [1, 3]
+
+
+def test_what_is_given_back_stands_before_what_was_parked_of_its_key() -> None:
+    one = lane(concurrency=2)
+    one.put([event(0, "a"), event(1, "a")])
+    one.hire()
+    batch = one.take(2)
+    one.put([event(2, "a")])
+    one.hire()
+    assert one.take() is None  # parks 2
+    assert batch is not None
+    batch.handled = 1
+    one.finish(batch)
+    one.hire()
+    assert numbers(one.take(9)) == [1, 2]
+
+
+def test_a_cleared_lane_takes_what_has_not_begun_out_of_the_workers_hand() -> None:
+    one = lane()
+    one.put([event(place) for place in range(6)])
+    one.hire()
+    batch = one.take(4)
+    assert batch is not None
+    batch.handled = 1
+    assert one.clear() == 4
+    assert numbers(batch) == [0, 1]
+    done(one, batch)
+    assert one.take() is None
+    assert one.idle
 
 
 # -- workers ---------------------------------------------------------------------------------
@@ -120,7 +204,7 @@ def test_a_dismissed_worker_can_be_replaced() -> None:
     assert one.hire() == 1
     first = one.take()
     assert first is not None
-    one.done(first)
+    done(one, first)
     assert one.take() is None
     one.put([event(1)])
     assert one.hire() == 1
@@ -145,7 +229,7 @@ def test_a_lane_is_idle_only_when_nobody_waits_runs_or_works() -> None:
     assert (one.waiting, one.running) == (0, 1)
     assert not one.idle
     assert first is not None
-    one.done(first)
+    done(one, first)
     assert not one.idle
     assert one.take() is None
     assert one.idle
@@ -244,15 +328,15 @@ def test_a_gap_runs_alone_after_what_came_before_and_before_what_comes_behind() 
     assert one.take() is None
     assert first is not None
     assert second is not None
-    one.done(first)
+    done(one, first)
     assert one.take() is None
-    one.done(second)
+    done(one, second)
     assert one.hire() == 1
     gap = one.take()
     assert number(gap) == 2
     assert one.hire() == 0
     assert gap is not None
-    one.done(gap)
+    done(one, gap)
     assert one.hire() + 1 >= 1
     assert number(one.take()) == 3
 
@@ -285,7 +369,7 @@ def test_a_cleared_lane_says_how_many_it_forgot() -> None:
     assert one.put([event(place) for place in range(4)]) == 0
     assert one.clear() == 4
     assert first is not None
-    one.done(first)
+    done(one, first)
     assert one.take() is None
     assert one.idle
 
@@ -300,10 +384,8 @@ class LaneMachine(RuleBasedStateMachine):
         self.concurrency = concurrency
         self.count = 0
         self.workers = 0
-        self.running: list[Event] = []
+        self.running: list[Batch] = []
         self.queued: list[Event] = []
-        self.last: dict[str, int] = {}
-        self.finished = 0
 
     @rule(keys=st.lists(st.sampled_from([None, "a", "b", "c"]), max_size=4))
     def put(self, keys: list[str | None]) -> None:
@@ -329,31 +411,46 @@ class LaneMachine(RuleBasedStateMachine):
         assert self.workers <= self.concurrency
 
     @precondition(lambda self: self.workers > len(self.running))
-    @rule()
-    def take(self) -> None:
-        taken = self.lane.take()
+    @rule(limit=st.integers(1, 5))
+    def take(self, limit: int) -> None:
+        taken = self.lane.take(limit)
         if taken is None:
             self.workers -= 1
             return
-        assert taken in self.queued
-        before = self.queued[: self.queued.index(taken)]
-        if taken.action == "gap":
-            assert not before
-            assert not self.running
-        else:
-            assert all(one.action != "gap" for one in (*before, *self.running))
-            if taken.key is not None:
-                assert all(one.key != taken.key for one in (*before, *self.running))
-        self.queued.remove(taken)
+        assert 1 <= len(taken.events) <= limit
+        in_hand = self.in_hand()
+        for one in taken.events:
+            before = self.queued[: self.queued.index(one)]
+            if one.action == "gap":
+                assert not before
+                assert not in_hand
+                assert len(taken.events) == 1
+            else:
+                assert all(other.action != "gap" for other in (*before, *in_hand))
+                if one.key is not None:
+                    assert all(other.key != one.key for other in (*before, *in_hand))
+            self.queued.remove(one)
         self.running.append(taken)
 
+    def in_hand(self) -> list[Event]:
+        return [one for batch in self.running for one in batch.events]
+
     @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def done(self, data: st.DataObject) -> None:
-        ended = data.draw(st.sampled_from(self.running))
-        self.running.remove(ended)
-        self.lane.done(ended)
-        self.finished += 1
+    @rule(data=st.data(), keep=st.booleans())
+    def finish(self, data: st.DataObject, keep: bool) -> None:
+        batch = data.draw(st.sampled_from(self.running))
+        batch.handled = data.draw(st.integers(0, len(batch.events)))
+        rest = batch.events[batch.handled :]
+        kept = self.lane.finish(batch, keep=keep)
+        self.running.remove(batch)
+        if kept is not None:
+            assert kept.events == rest[:1]
+            self.running.append(kept)
+            del rest[:1]
+        else:
+            assert not (keep and rest)
+        # Where they came from: in front of everything of their keys that waits.
+        self.queued = sorted(self.queued + rest, key=lambda one: int(one.id))
 
     @precondition(lambda self: self.workers > len(self.running))
     @rule()
@@ -363,7 +460,8 @@ class LaneMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost_or_stuck(self) -> None:
-        assert self.lane.waiting == len(self.queued)
+        beginning = sum(len(batch.events) - 1 for batch in self.running)
+        assert self.lane.waiting == len(self.queued) + beginning
         assert self.lane.running == len(self.running)
         if self.queued and not self.workers:
             hired = self.lane.hire()
@@ -374,10 +472,11 @@ class LaneMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         while self.queued or self.running:
             while self.running:
-                self.lane.done(self.running.pop())
+                done(self.lane, self.running.pop())
             self.workers += self.lane.hire()
             while self.workers and (taken := self.lane.take()) is not None:
-                self.queued.remove(taken)
+                for one in taken.events:
+                    self.queued.remove(one)
                 self.running.append(taken)
             self.workers = max(0, self.workers - 1)
 
@@ -403,16 +502,20 @@ def test_threads_handle_every_event_once_in_order_per_key_and_one_at_a_time(
     threads: list[threading.Thread] = []
 
     def work() -> None:
-        while (taken := one.take()) is not None:
-            key = taken.key or ""
-            with guard:
-                active[key] += 1
-                if active[key] > 1:
-                    wrong.append(f"{key} twice at once")
-                handled[key].append(taken.data)
-            with guard:
-                active[key] -= 1
-            one.done(taken)
+        limit = 1
+        while (batch := one.take(limit)) is not None:
+            for taken in batch.events[: 1 + limit // 2]:  # the rest is given back
+                key = taken.key or ""
+                with guard:
+                    active[key] += 1
+                    if active[key] > 1:
+                        wrong.append(f"{key} twice at once")
+                    handled[key].append(taken.data)
+                with guard:
+                    active[key] -= 1
+                batch.handled += 1
+            one.finish(batch)
+            limit = limit % 9 + 1
         staff()
         if one.idle:
             finished.set()

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from django_pgnotify import Event
 from django_pgnotify.events import ACTIONS
 from django_pgnotify.exceptions import EventDataError, FrameError, InvalidArgument
-from django_pgnotify.publishing.publisher import to_plain
+from django_pgnotify.publishing.plain import ENCODER
 from django_pgnotify.strict_json import MAX_DEPTH
 from django_pgnotify.wire import (
     CHANNEL_LIMIT,
@@ -53,8 +53,8 @@ def fake_verify(text: str, signature: str) -> bool:
 
 
 def encode(topic: str = "jobs", **values: Any) -> Outgoing:
-    arguments: dict[str, Any] = {"action": "published", "data": None, "published_at": NOW}
-    return encode_event(topic, **arguments | values, to_plain=to_plain)[1]
+    arguments: dict[str, Any] = {"action": "published", "data": None, "at": NOW.timestamp()}
+    return encode_event(topic, **arguments | values, encoder=ENCODER, event_id="e-1")
 
 
 def sized(size: int, topic: str = "t", key: str | None = None, letter: str = "x") -> Outgoing:
@@ -318,12 +318,13 @@ def test_an_event_comes_out_as_it_went_in(
     signed: bool,
 ) -> None:
     model = None if action == "published" else "shop.order"
-    event_id, outgoing = encode_event(
+    outgoing = encode_event(
         "jobs",
         action,  # type: ignore[arg-type]
         data=data,
-        published_at=at,
-        to_plain=to_plain,
+        at=at.timestamp(),
+        encoder=ENCODER,
+        event_id="0123456789abcdef-1f",
         model=model,
         pk=pk,
         key=key,
@@ -339,7 +340,7 @@ def test_an_event_comes_out_as_it_went_in(
         for raw in frame.events
     ]
     assert event == Event(
-        id=event_id,
+        id="0123456789abcdef-1f",
         topic="jobs",
         action=action,  # type: ignore[arg-type]
         model=model,

@@ -1,0 +1,81 @@
+"""The command line: runs scenarios and writes what came out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import databases, machine, report
+from .chart import chart
+from .frame import CaseResult, Scenario
+from .running import run_case
+
+Results = list[tuple[Scenario, list[CaseResult]]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    if options.list:
+        databases.set_up()
+        for scenario in _scenarios([]):
+            print(f"{scenario.name:16} {scenario.title}")
+        return 0
+    with databases.served() as server:
+        facts = {"run": "quick" if options.quick else "full", **machine.facts(server)}
+        scenarios = _scenarios(options.only)
+        results = [(each, _run(each, options.quick, options.rounds)) for each in scenarios]
+    print(report.summary(results))
+    if options.out is not None:
+        write(options.out, facts, results)
+    return 0
+
+
+def _run(scenario: Scenario, quick: bool, rounds: int | None) -> list[CaseResult]:
+    results = [run_case(case, rounds or case.rounds, _progress) for case in scenario.cases(quick)]
+    _progress("")
+    print(report.scenario_section(scenario, results), end="\n\n", flush=True)
+    return results
+
+
+def write(folder: Path, facts: Mapping[str, str], results: Results) -> None:
+    """The page, the raw figures, and a chart of each group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, Results] = {}
+    for scenario, of_cases in results:
+        groups.setdefault(scenario.group, []).append((scenario, of_cases))
+    for group, of_group in groups.items():
+        (folder / f"{group}.svg").write_text(chart(group.capitalize(), of_group))
+    (folder / "results.md").write_text(report.page(facts, groups))
+    raw = {"machine": dict(facts), "scenarios": report.raw(results)}
+    (folder / "results.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+
+
+def _scenarios(only: Sequence[str]) -> list[Scenario]:
+    from .scenarios import all_scenarios
+
+    scenarios = all_scenarios()
+    unknown = set(only) - {scenario.name for scenario in scenarios}
+    if unknown:
+        names = ", ".join(scenario.name for scenario in scenarios)
+        sys.exit(f"There is no scenario {min(unknown)!r}; choose from {names}.")
+    return [scenario for scenario in scenarios if not only or scenario.name in only]
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="name the scenarios")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these")
+    parser.add_argument("--quick", action="store_true", help="smaller, and fewer rounds")
+    parser.add_argument("--rounds", type=int, help="instead of what each case wants")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write results.md, results.json and charts"
+    )
+    return parser

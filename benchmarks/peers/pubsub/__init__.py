@@ -1,0 +1,1 @@
+"""django-pgpubsub: its triggers, channels and listeners. An app where it is installed."""

@@ -1,0 +1,41 @@
+"""The receivers of ``pglisten``: each records when it was called, and does nothing else.
+
+``BENCHMARK_RECEIVER`` says of which kind they are, ``BENCHMARK_RECEIVERS`` how many of them there
+are, and ``BENCHMARK_TOPICS`` how many topics they hear. The driver has none.
+"""
+
+from __future__ import annotations
+
+import os
+
+from benchmarks.recording import recorder
+from django_pgnotify import Event, receiver
+
+from .models import AfterCommit, Atomic, Background, Load
+from .naive import topics
+
+KIND = os.environ.get("BENCHMARK_RECEIVER")
+RECEIVERS = int(os.environ.get("BENCHMARK_RECEIVERS", "1"))
+TOPICS = int(os.environ.get("BENCHMARK_TOPICS", "1"))
+SOURCES = [AfterCommit, Atomic, Background, *topics(TOPICS)]
+
+if KIND is not None:
+    record = recorder()
+
+    @receiver(Load)
+    def ignore(event: Event) -> None:
+        pass
+
+
+for number in range(RECEIVERS):
+    if KIND == "sync":
+
+        @receiver(SOURCES, dispatch_uid=f"receive {number}")
+        def receive(event: Event) -> None:
+            record(event)
+
+    elif KIND == "async":
+
+        @receiver(SOURCES, dispatch_uid=f"receive {number}")
+        async def areceive(event: Event) -> None:
+            record(event)

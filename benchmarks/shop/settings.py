@@ -1,0 +1,52 @@
+"""Settings of the driver, the clients and the listeners: nothing that is not needed.
+
+A process with ``BENCHMARK_DATABASE`` has that one database, as ``default``. The driver has one
+alias for each variant that it measures beside the others. The app of a peer is there for its own
+listener, and for the driver, which makes its tables and saves its rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+HOST = "127.0.0.1"
+TEMPLATE = "template_of_benchmarks"
+ALIASES = [f"variant{number}" for number in range(16)]
+
+_PORT = os.environ.get("BENCHMARK_PORT", "0")
+_DATABASE = os.environ.get("BENCHMARK_DATABASE")
+
+
+def _entry(name: str) -> dict[str, Any]:
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "HOST": HOST,
+        "PORT": _PORT,
+        "USER": "postgres",
+        "NAME": name,
+    }
+
+
+DATABASES = {"default": _entry(_DATABASE or TEMPLATE)}
+if _DATABASE is None:
+    DATABASES |= {alias: _entry(alias) for alias in ALIASES}
+
+SECRET_KEY = "of the benchmarks only"
+USE_TZ = True
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+INSTALLED_APPS = ["django_pgnotify", "benchmarks.shop"]
+
+PUBSUB_INSTALLED = importlib.util.find_spec("pgpubsub") is not None
+if PUBSUB_INSTALLED and (_DATABASE is None or os.environ.get("BENCHMARK_PEER") == "pubsub"):
+    INSTALLED_APPS += ["pgtrigger", "pgpubsub", "benchmarks.peers.pubsub"]
+    PGTRIGGER_INSTALL_ON_MIGRATE = True
+    os.environ["PGPUBSUB_USE_PSYCOPG_V3"] = "True"
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"console": {"class": "logging.StreamHandler"}},
+    "loggers": {"django_pgnotify": {"handlers": ["console"], "level": "WARNING"}},
+}

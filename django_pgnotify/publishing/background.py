@@ -1,0 +1,181 @@
+"""The background sender: a thread that sends what was committed, so that no save waits for it.
+
+One for each process, with connections of its own, started by the first event. An event leaves at
+once when nothing is under way; what comes while a statement is in flight leaves together, in the
+next one. It keeps at what certainly was not sent: while the database cannot be reached it waits and
+tries again. What was under way when a connection broke may have arrived, so that is not repeated.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Sequence
+from itertools import groupby
+from multiprocessing.util import Finalize
+from operator import itemgetter
+from typing import Any
+
+from django.db import Error, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from ..backoff import Backoff
+from ..conf import conf
+from ..exceptions import PublishError
+from ..stats import publishing_stats
+from .buffer import Noted, encoded
+from .sender import report_unsent, send
+
+logger = logging.getLogger("django_pgnotify.publishing")
+
+EXIT_TIMEOUT = 5.0
+"""Seconds that the end of a process waits for what has not been sent."""
+
+_BACKOFF_BASE = 0.1
+_BACKOFF_CAP = 5.0
+
+
+class BackgroundSender:
+    """Sends events in the order in which they were put, alias by alias. Any thread may put."""
+
+    _changed: threading.Condition
+    _queue: deque[tuple[str, Sequence[Noted]]]
+    _waiting: int
+    _idle: bool
+    _stopping: bool
+    _thread: threading.Thread | None
+    _closes_at_exit: bool
+    _used: dict[str, BaseDatabaseWrapper]
+
+    def __init__(self) -> None:
+        self._inherited: list[Any] = []
+        self._begin_anew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
+
+    def put(self, events: Sequence[Noted], using: str) -> None:
+        """Have events sent; those that there is no room for are counted and logged."""
+        with self._changed:
+            room = max(0, conf.QUEUE_MAX_EVENTS - self._waiting)
+            if events[:room]:
+                self._queue.append((using, events[:room]))
+                self._waiting += len(events[:room])
+            if self._idle:
+                self._idle = False
+                self._changed.notify_all()
+            if self._thread is None:
+                self._start()
+        if events[room:]:
+            full = PublishError(f"{conf.QUEUE_MAX_EVENTS} events wait for the background sender")
+            report_unsent(encoded(events[room:]), using, full)
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything put so far has been sent or given up; tells whether it was."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._waiting == 0, timeout)
+
+    def close(self, timeout: float = EXIT_TIMEOUT) -> None:
+        """Send what waits, within ``timeout`` seconds, and end the thread. It may be used again."""
+        with self._changed:
+            thread, self._stopping = self._thread, True
+            self._idle = False
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join(timeout)
+        with self._changed:
+            left, self._queue = self._queue, deque()
+            self._waiting = 0
+            self._thread, self._stopping = None, False
+        for using, events in left:
+            report_unsent(encoded(events), using, PublishError("the process ended before"))
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="pgnotify-sender", daemon=True)
+        self._thread = thread
+        thread.start()
+        if not self._closes_at_exit:
+            self._closes_at_exit = True
+            if multiprocessing.parent_process() is None:
+                atexit.register(self.close)
+            else:  # such a child ends without running exit handlers
+                Finalize(None, self.close, exitpriority=10)
+
+    def _begin_anew(self) -> None:
+        self._changed = threading.Condition()
+        self._queue = deque()
+        self._waiting = 0
+        self._idle = False
+        self._stopping = False
+        self._thread = None
+        self._closes_at_exit = False
+        self._used = {}
+
+    def _forked(self) -> None:
+        """In a child: what waits is the parent's to send, and so are its connections."""
+        # To collect a connection could end the parent's session.
+        self._inherited += self._used.values()
+        self._begin_anew()
+
+    # -- the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not self._queue:
+                        if self._stopping:
+                            return
+                        self._idle = True
+                        self._changed.wait()
+                    batch, self._queue = self._queue, deque()
+                for using, parts in groupby(batch, itemgetter(0)):
+                    self._send([event for _, events in parts for event in events], using)
+                with self._changed:
+                    self._waiting = max(0, self._waiting - sum(len(part) for _, part in batch))
+                    self._changed.notify_all()
+        finally:
+            connections.close_all()
+
+    def _send(self, noted: Sequence[Noted], using: str) -> None:
+        events = encoded(noted)
+        try:
+            self._connect(using)
+            send(events, using)
+        except Exception as exc:  # noqa: BLE001 - reported; the commits stand
+            report_unsent(events, using, exc)
+            connections[using].close_if_unusable_or_obsolete()
+
+    def _connect(self, using: str) -> None:
+        """Connect where need be, for as long as it takes; once the process ends, one attempt."""
+        connection = self._used[using] = connections[using]
+        if connection.connection is not None and _has_ended(connection.connection):
+            connection.close()
+        backoff = Backoff(_BACKOFF_BASE, _BACKOFF_CAP)
+        while connection.connection is None:
+            try:
+                connection.ensure_connection()
+            except Error as exc:
+                if self._stopping:
+                    raise
+                logger.warning("The background sender waits for database %r: %s", using, exc)
+                publishing_stats.add("sender_waited")
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, backoff.next())
+        if not connection.get_autocommit():
+            connection.set_autocommit(True)  # whatever AUTOCOMMIT says: nobody commits here
+
+
+def _has_ended(raw: Any) -> bool:
+    """Whether the server has closed an idle connection: its socket has something to read."""
+    poll = select.poll()
+    poll.register(raw.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+sender = BackgroundSender()
+"""The sender of this process."""
