@@ -26,6 +26,7 @@ VARIANTS = {
     OURS: ways.OURS,
     BACKGROUND: ways.OURS_BACKGROUND,
     "ours, atomic": ways.OURS_ATOMIC,
+    "ours, durable": ways.OURS_DURABLE,
     "naive, on_commit each": ways.NAIVE,
     "django-pgpubsub": ways.PUBSUB,
     "django-pgpubsub, stored": ways.PUBSUB_STORED,
