@@ -16,7 +16,7 @@ from django.db import DatabaseError, close_old_connections
 
 from .. import signals
 from ..conf import conf
-from ..durable.retention import LogPruner
+from ..durable.retention import LogPruner, logged_topics
 from ..events import Event
 from ..listening.connection import Notification
 from ..listening.intake import Intake
@@ -102,6 +102,7 @@ class Service:
             using=conf.rows_database(self.using),
             overflowed=self._overflowed,
         )
+        self._compared = False
         self._pruner = LogPruner(conf.rows_database(using))
         self._established = False
         self._telling: set[asyncio.Future[Any]] = set()
@@ -226,9 +227,28 @@ class Service:
         try:
             while prune(conf.STORED_RETENTION, conf.rows_database(self.using)) >= PRUNE_BATCH:
                 pass
+            if not self._compared:
+                self._compare_tiers()
             return self._pruner.run().more
         finally:
             close_old_connections()
+
+    def _compare_tiers(self) -> None:
+        """Warn, once, of receivers that hear live what is published to be read from the log."""
+        self._compared = True
+        heard: dict[str, list[str]] = {}
+        for route in self._live:
+            if route.receiver.durable is None:
+                for stream in route.subscriptions:
+                    heard.setdefault(stream.topic, []).append(route.receiver.uid)
+        for topic in logged_topics(heard, conf.rows_database(self.using)) if heard else ():
+            logger.warning(
+                "Topic %r is in the event log, and these receivers hear it live only: %s; pass "
+                "Topic(%r, delivery='durable') or durable=True, or durable=False if it is meant",
+                topic,
+                ", ".join(heard[topic]),
+                topic,
+            )
 
     async def _report_for_ever(self) -> None:
         while True:

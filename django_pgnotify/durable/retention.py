@@ -9,6 +9,7 @@ end and removed at the other, so vacuum finds whole pages to hand out again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -59,6 +60,17 @@ _DELETE = f"""
       AND (e.created_at < statement_timestamp() - %(limit)s
            OR NOT EXISTS (SELECT FROM pgnotify_consumer AS c WHERE {_NOT_PASSED}))
 """  # noqa: S608
+
+
+def logged_topics(topics: Iterable[str], using: str) -> list[str]:
+    """Those of ``topics`` that the log of alias ``using`` has events of."""
+    with connections[using].cursor() as cursor:
+        cursor.execute(
+            "SELECT topic FROM unnest(%s::text[]) AS heard(topic) WHERE EXISTS"
+            " (SELECT FROM pgnotify_event_log AS e WHERE e.topic = heard.topic)",
+            [list(topics)],
+        )
+        return [topic for (topic,) in cursor.fetchall()]
 
 
 class Pruned(NamedTuple):

@@ -16,7 +16,7 @@ from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
 
-from django_pgnotify import Topic, consumers, publish, publish_many
+from django_pgnotify import Topic, consumers, publish, publish_many, receiver
 from django_pgnotify.durable import retention
 from django_pgnotify.durable.lag import lag_of
 from django_pgnotify.durable.retention import LogPruner
@@ -376,6 +376,21 @@ def test_pglisten_prunes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     consume(Recorder())
     with running_listener():
         until(lambda: not LoggedEvent.objects.exists())
+
+
+def test_a_receiver_that_hears_only_live_what_is_in_the_log_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("django_pgnotify.dispatching.service.PRUNE_INTERVAL", 0.02)
+    publish(LEDGER, 1)
+    receiver("ledger", dispatch_uid="by mistake")(Recorder())
+    receiver("ledger", dispatch_uid="on purpose", durable=False)(Recorder())
+    receiver("jobs", dispatch_uid="of another topic")(Recorder())
+    with running_listener():
+        until(lambda: "hear it live only" in caplog.text)
+    [message] = [r.getMessage() for r in caplog.records if "live only" in r.getMessage()]
+    assert "'ledger'" in message
+    assert "only: by mistake;" in message
 
 
 # -- restored and copied databases ----------------------------------------------------------------
