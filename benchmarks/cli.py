@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(scenario: Scenario, quick: bool, rounds: int | None) -> list[CaseResult]:
+    begun = time.monotonic()
     results = [run_case(case, rounds or case.rounds, _progress) for case in scenario.cases(quick)]
     _progress("")
+    print(f"{scenario.name} took {time.monotonic() - begun:.0f} s", file=sys.stderr)
     print(report.scenario_section(scenario, results), end="\n\n", flush=True)
     return results
 

@@ -23,7 +23,7 @@ class Way:
     listen: starts who hears of it; None where nobody does.
     label: the model whose rows are saved.
     load: the model for what only keeps the listener busy.
-    settings: switched on in the process that saves.
+    settings: switched on in the process that saves; :meth:`check` that there are such.
     """
 
     listen: listeners.Listen | None
@@ -34,7 +34,8 @@ class Way:
     @property
     def environ(self) -> dict[str, str]:
         """What another process needs, beside the database, to save its rows."""
-        return {"BENCHMARK_PEER": "pubsub"} if self.label.startswith("pubsub.") else {}
+        peer = {"BENCHMARK_PEER": "pubsub"} if self.label.startswith("pubsub.") else {}
+        return {**peer, "BENCHMARK_SETTINGS": " ".join(self.settings)}
 
     def model(self) -> Any:
         try:
@@ -44,7 +45,7 @@ class Way:
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:
-        self.check()
+        """Its settings, in this process."""
         with override_settings(**dict.fromkeys(self.settings, True)):
             yield
 
@@ -56,6 +57,7 @@ class Way:
 SILENT = Way(None, "shop.Silent")
 SILENT_TOO = Way(None, "shop.SilentToo")
 OURS = Way(listeners.pglisten, "shop.AfterCommit", "shop.Load")
+OURS_UNHEARD = Way(None, "shop.AfterCommit")
 OURS_ASYNC = Way(partial(listeners.pglisten, receiver="async"), "shop.AfterCommit", "shop.Load")
 OURS_ATOMIC = Way(listeners.pglisten, "shop.Atomic", "shop.Load")
 OURS_BACKGROUND = Way(

@@ -96,7 +96,7 @@ VARIANTS: dict[str, tuple[listeners.Listen, Emit]] = {
 
 
 def cases(quick: bool) -> Iterable[Case]:
-    for count, rounds in ((1_000, 9), (10_000, 5)):
+    for count, rounds, quickly in ((1_000, 9, 3), (10_000, 5, 2)):
         hurried = {STORED: (not_when_quick, VARIANTS[STORED][1])} if quick and count > 1_000 else {}
         yield Case(
             f"{count:,} events",
@@ -106,7 +106,7 @@ def cases(quick: bool) -> Iterable[Case]:
                 for name, (listen, emit) in {**VARIANTS, **hurried}.items()
             ),
             reference=NAIVE,
-            rounds=3 if quick else rounds,
+            rounds=quickly if quick else rounds,
             targets=(
                 Target(f"{count:,} events, × naive", RATE.name, OURS, NAIVE, at_least=1.5),
                 Target(

@@ -67,11 +67,11 @@ def cases(quick: bool) -> Iterable[Case]:
             name,
             metrics=(*AFTER.values(), WHOLE),
             variants=tuple(
-                Variant(variant, partial(measured, way, rate, 60 if quick else 200))
+                Variant(variant, partial(measured, way, rate, 50 if quick else 200))
                 for variant, way in VARIANTS.items()
             ),
             reference=NAIVE,
-            rounds=5 if quick else 15,
+            rounds=3 if quick else 15,
             targets=() if rate else targets,
         )
 

@@ -58,7 +58,7 @@ def cases(quick: bool) -> Iterable[Case]:
                 f"{count} client{'s' * (count > 1)}, {name}",
                 metrics=(RATE,),
                 variants=tuple(
-                    Variant(variant, partial(measured, way, count, disk, 0.7 if quick else 2.0))
+                    Variant(variant, partial(measured, way, count, disk, 0.5 if quick else 2.0))
                     for variant, way in VARIANTS.items()
                 ),
                 reference=SILENT,

@@ -2,7 +2,8 @@
 
 A process with ``BENCHMARK_DATABASE`` has that one database, as ``default``. The driver has one
 alias for each variant that it measures beside the others. The app of a peer is there for its own
-listener, and for the driver, which makes its tables and saves its rows.
+listener, and for the driver, which makes its tables and saves its rows. ``BENCHMARK_SETTINGS`` are
+switched on.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ if PUBSUB_INSTALLED and (_DATABASE is None or os.environ.get("BENCHMARK_PEER") =
     INSTALLED_APPS += ["pgtrigger", "pgpubsub", "benchmarks.peers.pubsub"]
     PGTRIGGER_INSTALL_ON_MIGRATE = True
     os.environ["PGPUBSUB_USE_PSYCOPG_V3"] = "True"
+
+globals().update(dict.fromkeys(os.environ.get("BENCHMARK_SETTINGS", "").split(), True))
 
 LOGGING = {
     "version": 1,
