@@ -64,13 +64,16 @@ def state_of(one: Consumer) -> str:
 
 
 def pause(name: str, using: str | None = None) -> None:
-    """Have a consumer stop after the event at hand. Raises UnknownConsumer."""
-    _change(consumer(name, using), paused=True)
+    """Have a consumer stop, at most a quarter of a second and the event at hand from now.
+
+    Where it has come to is stored. Raises UnknownConsumer.
+    """
+    _pause(consumer(name, using), True)
 
 
 def resume(name: str, using: str | None = None) -> None:
     """Have a paused consumer go on where it stopped. Raises UnknownConsumer."""
-    _change(consumer(name, using), paused=False)
+    _pause(consumer(name, using), False)
 
 
 def reset(name: str, to: Position | datetime, using: str | None = None) -> None:
@@ -102,7 +105,10 @@ def reset(name: str, to: Position | datetime, using: str | None = None) -> None:
         raise InvalidArgument(
             f"to= takes 'now', 'beginning', 'continue' or an aware datetime; got {to!r}."
         )
-    _change(one, resync="", epoch=str(current_epoch(alias)), **place)
+    rows = Consumer.objects.using(alias).filter(pk=one.pk)
+    epoch = str(current_epoch(alias))
+    rows.update(revision=F("revision") + 1, resync="", epoch=epoch, **place)
+    wake_consumers(alias)
 
 
 def delete(name: str, using: str | None = None) -> None:
@@ -215,10 +221,10 @@ def discard(letters: QuerySet[DeadLetter]) -> int:
     return count
 
 
-def _change(one: Consumer, **values: Any) -> None:
+def _pause(one: Consumer, paused: bool) -> None:
     alias = one._state.db or "default"
-    rows = Consumer.objects.using(alias).filter(pk=one.pk)
-    rows.update(revision=F("revision") + 1, **values)
+    # No new revision: where it has come to is stored all the same.
+    Consumer.objects.using(alias).filter(pk=one.pk).update(paused=paused)
     wake_consumers(alias)
 
 

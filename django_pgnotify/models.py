@@ -83,7 +83,9 @@ class Consumer(models.Model):
     claim = models.BigIntegerField(
         default=0, help_text="Counts who has run it; whoever is not the last must not write."
     )
-    revision = models.BigIntegerField(default=0, help_text="Counts changes made by an operator.")
+    revision = models.BigIntegerField(
+        default=0, help_text="Counts how often it was set by an operator."
+    )
     # The cursor. Everything visible in `snapshot` is behind it. In the middle of a sweep `target`
     # is the snapshot that the sweep goes up to, and `position` the last id it has handled.
     snapshot = models.TextField()

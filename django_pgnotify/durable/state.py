@@ -33,6 +33,7 @@ _MOVE = """
     SET snapshot = %s, target = %s, position = %s, handled = handled + %s,
         moved_at = statement_timestamp()
     WHERE id = %s AND claim = %s AND revision = %s
+    RETURNING paused
 """
 _SETTLE = "UPDATE pgnotify_consumer SET handled = handled + %s WHERE id = %s AND claim = %s"
 _PARK = """
@@ -69,7 +70,7 @@ _FAILED_AGAIN = """
 
 
 class CursorLost(Exception):
-    """The consumer has been claimed by another process, changed by an operator, or deleted."""
+    """The consumer has been claimed by another process, set anew by an operator, or deleted."""
 
 
 class Claim(NamedTuple):
@@ -174,6 +175,8 @@ class ConsumerState:
     def __init__(self, name: str, using: str) -> None:
         self.name = name
         self.using = using
+        self.paused = False
+        """Whether it was paused when it was last looked at, or moved."""
         self._id = self._claim = self._revision = 0
 
     def claim(self, holder: str) -> Claim:
@@ -193,7 +196,8 @@ class ConsumerState:
         *known, keys = rows[0]
         control = Control._make([*known, frozenset(keys or ())])
         if (control.claim, control.revision) != (self._claim, self._revision):
-            raise CursorLost("it was claimed by another process, or changed by an operator")
+            raise CursorLost("it was claimed by another process, or set anew by an operator")
+        self.paused = control.paused
         return control
 
     def move(self, cursor: Cursor, handled: int, parked: Sequence[Parked] = ()) -> None:
@@ -208,8 +212,11 @@ class ConsumerState:
 
     def _move(self, cursor: Cursor, handled: int) -> None:
         owned = (self._id, self._claim, self._revision)
-        if self._write(_MOVE, *cursor, handled, *owned) != 1:
-            raise CursorLost("it was claimed by another process, or changed by an operator")
+        rows = self._execute(_MOVE, *cursor, handled, *owned)
+        if not rows:
+            raise CursorLost("it was claimed by another process, or set anew by an operator")
+
+        self.paused = rows[0][0]
 
     def _park(self, one: Parked) -> None:
         event = one.event

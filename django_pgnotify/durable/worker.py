@@ -99,6 +99,11 @@ class Worker(threading.Thread):
     def stopping(self) -> bool:
         return self._stopping
 
+    @property
+    def _halted(self) -> bool:
+        """Whether it is to begin nothing more now."""
+        return self._stopping or self.state.paused
+
     # -- the thread ---------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -156,7 +161,7 @@ class Worker(threading.Thread):
 
     def _sweep(self, cursor: Cursor, blocked: set[str]) -> Cursor:
         """Handle what is new, page by page, until a sweep is complete."""
-        while not self._stopping:
+        while not self._halted:
             under_way = cursor.target
             page = self.reader.next_page(cursor)
             if page.events:
@@ -174,7 +179,7 @@ class Worker(threading.Thread):
         """Handle a page, slice by slice; returns the cursor that has been stored."""
         waiting = [prepare(logged, self.reader.body(logged), self.using) for logged in page.events]
         cursor = page.begin
-        while waiting and not self._stopping:
+        while waiting and not self._halted:
             if self.receiver.transactional:
                 done, parked = run_in_transactions(self, page, waiting, blocked)
             else:

@@ -66,7 +66,9 @@ TABLES: list[Any] = [
             ),
             (
                 "revision",
-                models.BigIntegerField(default=0, help_text="Counts changes made by an operator."),
+                models.BigIntegerField(
+                    default=0, help_text="Counts how often it was set by an operator."
+                ),
             ),
             ("snapshot", models.TextField()),
             ("target", models.TextField(default="")),

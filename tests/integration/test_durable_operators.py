@@ -16,7 +16,7 @@ from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
 
-from django_pgnotify import Topic, consumers, publish, publish_many, receiver
+from django_pgnotify import Event, Topic, consumers, publish, publish_many, receiver
 from django_pgnotify.durable import retention
 from django_pgnotify.durable.lag import lag_of
 from django_pgnotify.durable.retention import LogPruner
@@ -25,7 +25,7 @@ from django_pgnotify.models import Consumer, LoggedEvent
 from django_pgnotify.registry import Registry, registry
 from django_pgnotify.testing import running_listener
 from tests.integration.durable import LEDGER, Picky, consume, letters, register, stored, until
-from tests.integration.recording import Recorder, query
+from tests.integration.recording import Gate, Recorder, query
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -73,6 +73,27 @@ def test_a_paused_consumer_gets_nothing_until_it_is_resumed(recorder: Recorder) 
         command("pgnotify_consumers", "--resume", "ledger")
         recorder.wait_for(2)
     assert recorder.data == [1, 2]
+
+
+def test_a_pause_in_the_middle_keeps_the_place_and_repeats_nothing(recorder: Recorder) -> None:
+    with Gate() as gate:
+        registry.remove(recorder)
+
+        def slow(event: Event) -> None:
+            if event.data == 2:
+                gate.pass_through()
+            recorder(event)
+
+        consume(slow)
+        with running_listener():
+            publish_many(LEDGER, range(6))
+            gate.wait_for(1)
+            consumers.pause("ledger")
+            gate.open()
+            until(lambda: stored().handled >= 3)
+            consumers.resume("ledger")
+            recorder.wait_for(6)
+    assert recorder.data == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_reset_to_now_skips_and_one_to_the_beginning_repeats(recorder: Recorder) -> None:

@@ -23,7 +23,7 @@ class Command(BaseCommand):
         add_database(parser)
         parser.add_argument("--json", action="store_true", help="print JSON, for programs")
         change = parser.add_mutually_exclusive_group()
-        change.add_argument("--pause", metavar="NAME", help="stop after the event at hand")
+        change.add_argument("--pause", metavar="NAME", help="stop after the events at hand")
         change.add_argument("--resume", metavar="NAME", help="go on where it stopped")
         change.add_argument("--delete", metavar="NAME", help="forget it and its dead letters")
         change.add_argument(
