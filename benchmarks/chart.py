@@ -48,7 +48,9 @@ def _case(scenario: Scenario, result: CaseResult, y: int) -> list[str]:
         if value is None:
             parts.append(_text(LABELS, y + 14, "cannot run"))
         else:
-            parts += _bar(value, most, y, OURS if variant.name.startswith("ours") else THEIRS)
+            parts += _bar(
+                value, most, y, OURS if variant.name.startswith(("ours", "pglisten")) else THEIRS
+            )
         y += ROW
     return parts
 

@@ -9,6 +9,11 @@ from typing import Any
 
 from .exceptions import EventDataError
 
+try:
+    import msgspec
+except ImportError:  # the extra "fast"
+    msgspec = None  # type: ignore[assignment]
+
 MAX_DEPTH = 200
 """Levels of nesting that are accepted; Python's own decoder gives up not far above."""
 
@@ -116,7 +121,19 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_standard: Callable[[str], Any] = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
+def _with_msgspec(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.MsgspecError:
+        # It refuses what the standard library reads (a lone surrogate's escape, 1e999), and that
+        # one's errors are what callers know.
+        return _standard(text)
+
+
+_decode = _standard if msgspec is None else _with_msgspec
 
 
 def _why_not_json(fields: Mapping[str, Any], to_plain: ToPlain) -> str | None:

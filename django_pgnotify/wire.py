@@ -15,9 +15,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from .events import ACTIONS, Action, Event, event_of, new_event_id
+from .events import ACTIONS, Action, Event, EventDraft, new_event_id
 from .exceptions import FrameError
 from .strict_json import MAX_DEPTH, Encoder, NestedTooDeeply, dumps, loads, text_of
 
@@ -32,6 +32,9 @@ VERSION = 1
 _FRAME_START = re.compile(r'\s*\{\s*"pgnotify"\s*:')
 _SIGNED_START = re.compile(r'\{"pgnotify":1,"sig":"([^"\\]*)",')
 _SENT_ACTIONS = frozenset(ACTIONS) - {"gap"}
+_IS_ID = re.compile(r"[!-~]{1,64}").fullmatch  # it stands in logs
+_FIRST_TIME = datetime(1, 1, 1, tzinfo=UTC).timestamp()
+_LAST_TIME = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 _DIGEST_SIZE = 16
 
 Sign = Callable[[str], str]
@@ -312,42 +315,7 @@ def event_from(
     Raises:
         FrameError: a member has the wrong type or value.
     """
-    if type(raw) is not dict:
-        raise FrameError("an event is not a JSON object")
-    get = raw.get
-    action, model, pk, key = get("action", "published"), get("model"), get("pk"), get("key")
-    if type(action) is not str or action not in _SENT_ACTIONS:
-        raise FrameError("an event has an unknown action")
-    data = get("data")
-    if model is None:
-        if action != "published":
-            raise FrameError(f"an event is {action!r} and names no model")
-    else:
-        if type(model) is not str:
-            raise FrameError("an event's model is not text")
-        if resolve is not None:
-            model, pk = resolve(model, pk)
-        if data is None:
-            data = {}
-        if key is None:
-            key = f"{model}:{pk}"
-    if key is not None and type(key) is not str:
-        raise FrameError("an event's key is not text")
-    event_id = get("id")
-    if event_id is None:
-        event_id = new_event_id()
-    elif type(event_id) is not str or not _is_event_id(event_id):
-        raise FrameError("an event's id is not text of 1 to 64 visible ASCII characters")
-    changed = get("changed")
-    if changed is not None:
-        if type(changed) is not list or not all(type(name) is str for name in changed):
-            raise FrameError("an event's list of changed fields is not a list of text")
-        changed = tuple(changed)
-    at = get("at")
-    published_at = received_at if at is None else _time(at)
-    return event_of(
-        event_id, topic, action, model, pk, data, key, source, published_at, changed, using
-    )
+    return _event(raw, topic, source, received_at, using, resolve)
 
 
 def events_from(
@@ -370,19 +338,81 @@ def events_from(
         try:
             if type(raw) is dict and "ref" in raw:
                 found.append(_reference(raw))
-                continue
-            event = event_from(
-                raw,
-                topic=topic,
-                source=source,
-                received_at=received_at,
-                using=using,
-                resolve=resolve,
-            )
-            found.append(event)
+            else:
+                found.append(_event(raw, topic, source, received_at, using, resolve))
         except FrameError as exc:
             broken(exc)
     return found
+
+
+def _event(
+    raw: Any,
+    topic: str,
+    source: str,
+    received_at: datetime,
+    using: str | None,
+    resolve: Resolve | None,
+) -> Event:
+    # The longest part of an event's way to its receiver: no call that can be done without.
+    if type(raw) is not dict:
+        raise FrameError("an event is not a JSON object")
+    get = raw.get
+    action, model, pk, key, data = get("action"), get("model"), None, get("key"), get("data")
+    if model is None:
+        if action != "published" and action is not None:
+            raise FrameError(
+                f"an event is {action!r} and names no model"
+                if type(action) is str and action in _SENT_ACTIONS
+                else "an event has an unknown action"
+            )
+        action = "published"
+    else:
+        if action is None:
+            action = "published"
+        elif type(action) is not str or action not in _SENT_ACTIONS:
+            raise FrameError("an event has an unknown action")
+        if type(model) is not str:
+            raise FrameError("an event's model is not text")
+        pk = get("pk")
+        if resolve is not None:
+            model, pk = resolve(model, pk)
+        if data is None:
+            data = {}
+    event = EventDraft()
+    if key is not None or model is None:
+        if key is not None and type(key) is not str:
+            raise FrameError("an event's key is not text")
+        event.key = key
+    event_id = get("id")
+    if event_id is None:
+        event_id = new_event_id()
+    elif type(event_id) is not str or not _IS_ID(event_id):
+        raise FrameError("an event's id is not text of 1 to 64 visible ASCII characters")
+    changed = get("changed")
+    if changed is not None:
+        if type(changed) is not list or not all(type(name) is str for name in changed):
+            raise FrameError("an event's list of changed fields is not a list of text")
+        changed = tuple(changed)
+    at = get("at")
+    if at is None:
+        event.published_at = received_at
+    elif type(at) is not float and type(at) is not int:
+        raise FrameError("an event's time is not a number of seconds")
+    elif _FIRST_TIME <= at <= _LAST_TIME:
+        event.sent_at = at
+    else:
+        raise FrameError("an event's time is out of range")
+    event.id = event_id
+    event.topic = topic
+    event.action = action
+    event.model = model
+    event.pk = pk
+    event.data = data
+    event.source = source
+    event.changed = changed
+    event.using = using
+    event.__class__ = Event  # type: ignore[assignment]
+    return cast("Event", event)
 
 
 def foreign_event(
@@ -416,17 +446,3 @@ def gap_event(
     return Event(
         new_event_id(), topic, "gap", None, None, data, None, "listener", until, None, using
     )
-
-
-def _is_event_id(text: str) -> bool:
-    """Visible ASCII, because it stands in logs."""
-    return 0 < len(text) <= 64 and text.isascii() and text.isprintable() and " " not in text
-
-
-def _time(at: Any) -> datetime:
-    if type(at) is not float and type(at) is not int:
-        raise FrameError("an event's time is not a number of seconds")
-    try:
-        return datetime.fromtimestamp(at, UTC)
-    except (ValueError, OverflowError, OSError):
-        raise FrameError("an event's time is out of range") from None

@@ -90,8 +90,8 @@ def _case(
             for variant, way in VARIANTS.items()
         ),
         reference=SILENT,
-        rounds=10 if quick else 150,
-        warmups=3,
+        rounds=8 if quick else 150,
+        warmups=2,
         targets=targets,
     )
 

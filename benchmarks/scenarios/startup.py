@@ -58,7 +58,7 @@ def cases(quick: bool) -> Iterable[Case]:
         rounds=3 if quick else 9,
     )
     # Three of these make a round, which has a heartbeat or more of pglisten: one in ten seconds.
-    seconds = 4 if quick else 20
+    seconds = 3.5 if quick else 20
     yield Case(
         "idle",
         metrics=(CPU,),

@@ -20,6 +20,14 @@ from psycopg import errors, pq, sql
 from ..exceptions import CannotConnect, ConnectionLost, StandbyServer
 
 _KEEPALIVE_SECONDS = 10
+
+_READS = 4
+"""Times that the socket is read before what was read is handed on. libpq reads 16 kB at a time; a
+burst goes to the receivers' threads in fewer and larger batches if they come together."""
+
+_MUCH = 4096
+"""Bytes of payload in one read that make another one worth its system call."""
+
 SERVER_KEEPALIVES = b"""
 SELECT set_config('tcp_keepalives_idle', '10', false),
        set_config('tcp_keepalives_interval', '10', false),
@@ -189,10 +197,12 @@ class ListenConnection:
 
     def _readable(self) -> None:
         try:
-            self._pgconn.consume_input()
-            if self._answer is not None and not self._answer.done():
-                self._collect_results()
-            self._collect_notifications()
+            for _ in range(_READS):
+                self._pgconn.consume_input()
+                if self._answer is not None and not self._answer.done():
+                    self._collect_results()
+                if self._collect_notifications() < _MUCH:
+                    break
         except psycopg.Error as exc:
             # What came just before the end has been read, and counts.
             with suppress(psycopg.Error):
@@ -201,10 +211,14 @@ class ListenConnection:
         if self._inbox or self.lost is not None:
             self._on_input()
 
-    def _collect_notifications(self) -> None:
+    def _collect_notifications(self) -> int:
+        """Move what libpq has read to the inbox; returns the bytes of payload."""
+        size = 0
         while (notify := self._pgconn.notifies()) is not None:
             channel = notify.relname.decode(errors="replace")
             self._inbox.append(Notification(channel, notify.extra, notify.be_pid))
+            size += len(notify.extra)
+        return size
 
     def _collect_results(self) -> None:
         answer = self._answer

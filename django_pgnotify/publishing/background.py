@@ -28,7 +28,7 @@ from ..backoff import Backoff
 from ..conf import conf
 from ..exceptions import PublishError
 from ..stats import publishing_stats
-from .buffer import Noted, encoded
+from .buffer import Noted, encoded, portions
 from .sender import report_unsent, send
 
 logger = logging.getLogger("django_pgnotify.publishing")
@@ -142,13 +142,14 @@ class BackgroundSender:
             connections.close_all()
 
     def _send(self, noted: Sequence[Noted], using: str) -> None:
-        events = encoded(noted)
-        try:
-            self._connect(using)
-            send(events, using)
-        except Exception as exc:  # noqa: BLE001 - reported; the commits stand
-            report_unsent(events, using, exc)
-            connections[using].close_if_unusable_or_obsolete()
+        for part in portions(noted):
+            events = encoded(part)
+            try:
+                self._connect(using)
+                send(events, using)
+            except Exception as exc:  # noqa: BLE001 - reported; the commits stand
+                report_unsent(events, using, exc)
+                connections[using].close_if_unusable_or_obsolete()
 
     def _connect(self, using: str) -> None:
         """Connect where need be, for as long as it takes; once the process ends, one attempt."""

@@ -16,7 +16,7 @@ hooks are pending is read off Django's list each time: a copy of our own could m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Protocol, cast
@@ -24,6 +24,9 @@ from typing import Any, Protocol, cast
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..wire import Outgoing
+
+FIRST_PORTION = 250
+LAST_PORTION = 2000
 
 
 class Unencoded(Protocol):
@@ -125,10 +128,22 @@ def pending(connection: BaseDatabaseWrapper) -> list[tuple[str, Outgoing]]:
     return events
 
 
-def encoded(events: Iterable[Noted]) -> list[Outgoing]:
+def encoded(events: Sequence[Noted]) -> list[Outgoing]:
     """``events`` as they are sent."""
     found = (event if isinstance(event, Outgoing) else event.encode() for event in events)
     return [event for event in found if event is not None]
+
+
+def portions(events: Sequence[Noted]) -> Iterator[Sequence[Noted]]:
+    """``events`` in portions to encode and send one after the other.
+
+    Small ones first, so that a listener works on the beginning of a large transaction while the
+    rest is encoded.
+    """
+    begin, size = 0, FIRST_PORTION
+    while begin < len(events):
+        yield events[begin : begin + size]
+        begin, size = begin + size, min(size * 2, LAST_PORTION)
 
 
 def _in_testcase(connection: BaseDatabaseWrapper) -> bool:

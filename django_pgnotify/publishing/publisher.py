@@ -16,7 +16,7 @@ from ..events import Delivery, Topic, check_delivery, check_topic, new_event_id
 from ..exceptions import InvalidArgument
 from ..wire import Outgoing, encode_event
 from . import background
-from .buffer import CommitBuffer, Noted, encoded
+from .buffer import CommitBuffer, Noted, encoded, portions
 from .plain import ENCODER
 from .sender import is_default_transport, postgres_connection, report_unsent, send
 
@@ -216,8 +216,9 @@ def send_committed(events: Sequence[Noted], using: str) -> None:
     if conf.BACKGROUND_SENDER and is_default_transport():
         background.sender.put(events, using)
         return
-    sent = encoded(events)
-    try:
-        send(sent, using)
-    except Exception as exc:  # noqa: BLE001 - reported; the commit stands
-        report_unsent(sent, using, exc)
+    for part in portions(events):
+        sent = encoded(part)
+        try:
+            send(sent, using)
+        except Exception as exc:  # noqa: BLE001 - reported; the commit stands
+            report_unsent(sent, using, exc)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Protocol
 
 from django.db import connections, transaction
@@ -24,6 +25,9 @@ from .statement import notify
 logger = logging.getLogger("django_pgnotify.publishing")
 
 
+_size = attrgetter("size")
+
+
 class Transport(Protocol):
     """What carries encoded events away; PostgreSQL, unless a test says otherwise."""
 
@@ -35,7 +39,7 @@ class NotifyTransport:
 
     def send(self, events: Sequence[Outgoing], using: str) -> None:
         packer = _packer(conf.source, conf.CHANNEL_PREFIX, conf.SIGNING)
-        if all(event.size <= packer.room for event in events):
+        if max(map(_size, events), default=0) <= packer.room:
             self._notify(packer.pack(events), using)
             return
         # One transaction, so that nobody hears of a row that is not there yet.

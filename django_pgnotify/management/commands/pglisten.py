@@ -23,6 +23,9 @@ from django_pgnotify.listening.probe import probe
 from django_pgnotify.management.arguments import count, seconds
 from django_pgnotify.publishing.sender import check_alias
 
+SWITCH_INTERVAL = 0.001
+"""Seconds after which a thread that computes lets another one run."""
+
 
 class Command(BaseCommand):
     help = "Listen for PostgreSQL notifications and run the registered receivers."
@@ -92,6 +95,9 @@ class Command(BaseCommand):
             sys.exit(self._listen(using, options))
 
     def _listen(self, using: str, options: dict[str, Any]) -> int:
+        # The reader and the receivers' threads share this process: with Python's 5 ms a receiver
+        # waits for the reader, and the reader for it, longer than most events take altogether.
+        sys.setswitchinterval(SWITCH_INTERVAL)
         return asyncio.run(self._run(using, options))
 
     async def _run(self, using: str, options: dict[str, Any]) -> int:
