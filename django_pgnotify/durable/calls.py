@@ -19,6 +19,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..events import Event
 from ..registry import Receiver, Subscription, accepts
+from .log import storable
 
 Outcome = Literal["done", "behind"] | BaseException
 """Of one event: handled; not tried, since one before it of the same key waits; or its failure."""
@@ -116,7 +117,7 @@ class Calls:
     # -- one event --------------------------------------------------------------------------
 
     def _call(self, event: Event, blocked: set[str]) -> Outcome:
-        if event.key in blocked:
+        if blocked and storable(event.key) in blocked:
             return "behind"
         if not self.wants(event):
             return "done"
@@ -127,7 +128,7 @@ class Calls:
         return "done"
 
     async def _call_async(self, event: Event, blocked: set[str]) -> Outcome:
-        if event.key in blocked:
+        if blocked and storable(event.key) in blocked:
             return "behind"
         if not self.wants(event):
             return "done"
@@ -142,8 +143,9 @@ class Calls:
             await self._receiver.func(event)
 
     def _note(self, event: Event, exc: BaseException, blocked: set[str]) -> BaseException:
-        if self._receiver.retries > 0 and event.key is not None:
-            blocked.add(event.key)
+        key = storable(event.key)
+        if self._receiver.retries > 0 and key is not None:
+            blocked.add(key)
         return exc
 
     # -- several at once ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from ..listening.intake import resolve_row
 from ..strict_json import loads
 from ..wire import event_from
 from .cursor import Logged
+from .log import storable
 
 
 class Entry(NamedTuple):
@@ -22,7 +23,8 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> str | None:
-        return None if self.event is None else self.event.key
+        """Its key as it is stored, and compared with stored ones."""
+        return None if self.event is None else storable(self.event.key)
 
 
 def prepare(logged: Logged, body: str | None, using: str) -> Entry:

@@ -19,6 +19,16 @@ _INSERT_MANY = """
 """
 
 
+def storable(text: str | None) -> str | None:
+    """``text`` as PostgreSQL can hold it: NUL and lone surrogates become U+FFFD.
+
+    An event's JSON escapes them; its key and a traceback stand in columns of their own.
+    """
+    if text is None or (text.isascii() and "\0" not in text):
+        return text
+    return text.encode(errors="surrogatepass").decode(errors="replace").replace("\0", "\ufffd")
+
+
 def append(events: Sequence[Outgoing], using: str) -> None:
     """Write events to the log of alias ``using``, in the transaction that is open there.
 
@@ -32,11 +42,12 @@ def append(events: Sequence[Outgoing], using: str) -> None:
     with own_connection(using).cursor() as cursor:
         if len(events) == 1:
             topic, key, body, _ = events[0]
-            cursor.execute(_INSERT_ONE, (topic, key, conf.source, body))
+            cursor.execute(_INSERT_ONE, (topic, storable(key), conf.source, body))
         else:
             for start in range(0, len(events), ROWS_PER_STATEMENT):
                 topics, keys, bodies, _ = zip(
                     *events[start : start + ROWS_PER_STATEMENT], strict=True
                 )
-                cursor.execute(_INSERT_MANY, (conf.source, list(topics), list(keys), list(bodies)))
+                columns = (list(topics), list(map(storable, keys)), list(bodies))
+                cursor.execute(_INSERT_MANY, (conf.source, *columns))
     publishing_stats.add("logged", len(events))

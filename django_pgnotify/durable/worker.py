@@ -28,6 +28,7 @@ from .cursor import Cursor, LogReader, Page, TransactionIdsWentBack
 from .entries import Entry, prepare
 from .epoch import Epoch, current_epoch
 from .letters import run_letters
+from .log import storable
 from .state import Claim, ConsumerState, Control, CursorLost, Parked, register
 from .transactional import run_in_transactions
 
@@ -270,7 +271,7 @@ class Worker(threading.Thread):
             attempt=attempts,
             will_retry=will_retry,
         )
-        error = "".join(traceback.format_exception(exc))
+        error = storable("".join(traceback.format_exception(exc))) or ""
         retry_in = retry_pause(attempts) if will_retry else None
         return Parked(one.logged, one.key, one.body, attempts, retry_in, error)
 

@@ -159,6 +159,26 @@ def test_an_event_that_is_none_becomes_a_dead_letter_and_the_next_is_handled() -
     assert "model that does not exist" in letters()[1].error
 
 
+@pytest.mark.usefixtures("_soon")
+def test_what_postgresql_cannot_store_of_a_failure_does_not_stop_the_consumer() -> None:
+    heard = Recorder()
+
+    def work(event: Event) -> None:
+        if event.data == "bad" and len(heard.events) < 1:
+            raise ValueError("NUL \x00 and a surrogate \ud800")
+        heard(event)
+
+    consume(work, retries=1_000_000)
+    with running_listener():
+        publish_many(LEDGER, ["bad", "behind"], key="a\x00b")
+        until(lambda: len(letters()) == 2)
+        assert "NUL \ufffd and" in letters()[0].error
+        publish(LEDGER, "other", key="c")
+        heard.wait_for(3)
+    assert heard.data == ["other", "bad", "behind"]
+    assert [event.key for event in heard.events] == ["c", "a\x00b", "a\x00b"]
+
+
 def test_a_receiver_that_exits_is_a_receiver_that_failed() -> None:
     heard = Recorder()
 
