@@ -199,7 +199,7 @@ class Consumers:
     def _bury(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
         """Free the locks of workers that have ended."""
         for worker in self._running():
-            if not worker.is_alive():
+            if not worker.alive:
                 name = worker.receiver.uid
                 connection.execute("SELECT pg_advisory_unlock(%s)", [keys[name].holder])
                 with self._guard:

@@ -47,8 +47,8 @@ TROUBLE_CAP = 5.0
 Observe = Callable[[Sequence[Event]], None]
 
 
-class Worker(threading.Thread):
-    """The thread of one consumer; start it when its advisory lock is held.
+class Worker:
+    """Runs one consumer in a thread; start it when its advisory lock is held.
 
     Args:
         receiver: the consumer, named by its ``uid``.
@@ -69,7 +69,6 @@ class Worker(threading.Thread):
         stats: Stats,
         observe: Observe | None = None,
     ) -> None:
-        super().__init__(name=f"pgnotify-consumer-{receiver.uid}", daemon=True)
         self.receiver = receiver
         self.topics = tuple(dict.fromkeys(one.topic for one in subscriptions))
         self.using = using
@@ -84,8 +83,21 @@ class Worker(threading.Thread):
         self._stopping = False
         self._said = ""
         self._letters_due: float | None = None
+        self._thread = threading.Thread(
+            target=self._run, name=f"pgnotify-consumer-{receiver.uid}", daemon=True
+        )
 
     # -- from any thread ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def wake(self) -> None:
         """There may be something new."""
@@ -107,7 +119,7 @@ class Worker(threading.Thread):
 
     # -- the thread ---------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def _run(self) -> None:
         pauses = Backoff(0.1, TROUBLE_CAP)
         try:
             while not self._stopping:
