@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 from .events import ACTIONS, Action, Event, EventDraft, new_event_id
@@ -93,21 +94,19 @@ def encode_event(
     try:
         # Member by member: a dict made only to be encoded would double what an event costs.
         text = encoder.quick
-        body = f'{{"id":"{event_id}","action":"{action}","at":{at!r}'
+        values = "{}" if data == {} else text(data)
+        about = ""
         if model is not None:
-            body += f',"model":{text_of(model)},"pk":{pk if type(pk) is int else text(pk)}'
+            about = f',"model":{text_of(model)},"pk":{pk if type(pk) is int else text(pk)}'
         if key is not None:
-            body += f',"key":{text_of(key)}'
+            about += f',"key":{text_of(key)}'
         if changed is not None:
-            body += f',"changed":{text(list(changed))}'
+            about += f',"changed":{text(list(changed))}'
         if data is not None:
-            values = text(data)
-            body += f',"data":{values}}}'
-            if values.count("[") + values.count("{") > MAX_DEPTH:
-                raise RecursionError
-        else:
-            body += "}"
-        return Outgoing(topic, key, body, byte_length(body))
+            about += f',"data":{values}'
+        body = f'{{"id":"{event_id}","action":"{action}","at":{at!r}{about}}}'
+        if values.count("[") + values.count("{") <= MAX_DEPTH:
+            return Outgoing(topic, key, body, len(body) if body.isascii() else len(body.encode()))
     except (TypeError, ValueError, RecursionError):
         pass  # the slow way knows what is wrong, or how to carry it
     fields: dict[str, Any] = {"id": event_id, "action": action, "at": at}
@@ -131,6 +130,9 @@ def byte_length(text: str) -> int:
 
 def _nothing_else(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+_SIZE = attrgetter("size")
 
 
 # -- frames out -----------------------------------------------------------------------------
@@ -157,6 +159,10 @@ class FramePacker:
 
     def fits(self, event: Outgoing) -> bool:
         return event.size <= self.room
+
+    def fit(self, events: Iterable[Outgoing]) -> bool:
+        """Whether each of them fits."""
+        return max(map(_SIZE, events), default=0) <= self.room
 
     def pack(self, events: Sequence[Outgoing]) -> list[tuple[str, str]]:
         """Frames as (wire channel, payload), in the order in which they must be sent.

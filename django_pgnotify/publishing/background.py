@@ -1,9 +1,10 @@
 """The background sender: a thread that sends what was committed, so that no save waits for it.
 
 One for each process, with connections of its own, started by the first event. An event leaves at
-once when nothing is under way; what comes while a statement is in flight leaves together, in the
-next one. It keeps at what certainly was not sent: while the database cannot be reached it waits and
-tries again. What was under way when a connection broke may have arrived, so that is not repeated.
+once when none has left in the last moments; what comes while a statement is in flight, or within
+``PACE`` of the one before, leaves together. It keeps at what certainly was not sent: while the
+database cannot be reached it waits and tries again. What was under way when a connection broke may
+have arrived, so that is not repeated.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import groupby
@@ -35,6 +37,10 @@ logger = logging.getLogger("django_pgnotify.publishing")
 
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of a process waits for what has not been sent."""
+
+PACE = 0.002
+"""Seconds between two statements of a sender that is busy. To wake a thread for each save, and the
+server and the listener with it, costs a process that saves without a pause more than the NOTIFY."""
 
 _BACKOFF_BASE = 0.1
 _BACKOFF_CAP = 5.0
@@ -124,9 +130,12 @@ class BackgroundSender:
     # -- the thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
+        paced_until = 0.0
         try:
             while True:
                 with self._changed:
+                    pause = max(0.0, paced_until - time.monotonic())
+                    self._changed.wait_for(lambda: self._stopping, pause)
                     while not self._queue:
                         if self._stopping:
                             return
@@ -135,6 +144,7 @@ class BackgroundSender:
                     batch, self._queue = self._queue, deque()
                 for using, parts in groupby(batch, itemgetter(0)):
                     self._send([event for _, events in parts for event in events], using)
+                paced_until = time.monotonic() + PACE
                 with self._changed:
                     self._waiting = max(0, self._waiting - sum(len(part) for _, part in batch))
                     self._changed.notify_all()

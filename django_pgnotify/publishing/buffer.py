@@ -53,7 +53,7 @@ class CommitBuffer:
     def __init__(self, connection: BaseDatabaseWrapper, send: Send) -> None:
         self.connection = connection
         self._send = send
-        self.released: list[_Run] = []
+        self.released: list[Run] = []
         self._flush = self.flush  # one object, so that a look tells which hook is ours
         self._place = 0
         """How many hooks at the head of the list are ours; the last of them is ``flush``."""
@@ -75,7 +75,7 @@ class CommitBuffer:
             flushes = (n for n, hook in enumerate(hooks, 1) if hook[1] is self._flush)
             self._place = place = next(flushes, 0)
         run: Any = getattr(hooks[place - 2][1], "__self__", None) if place > 1 else None
-        if type(run) is _Run and run.using == using and run.savepoints == connection.savepoint_ids:
+        if type(run) is Run and run.using == using and run.savepoints == connection.savepoint_ids:
             run.events.append(event)
             return
         if place == 0:
@@ -87,7 +87,7 @@ class CommitBuffer:
 
     def _run_with(self, event: Noted, using: str) -> list[_Hook]:
         """The hooks of a new run: its release, and the flush behind it."""
-        run = _Run(self, self.connection.savepoint_ids, using, event)
+        run = Run(self, self.connection.savepoint_ids, using, event)
         return [(set(run.savepoints), run.release, True), (set(), self._flush, True)]
 
     def flush(self) -> None:
@@ -97,7 +97,7 @@ class CommitBuffer:
             self._send([event for run in runs for event in run.events], using)
 
 
-class _Run:
+class Run:
     """Events for one alias, published one after the other under the same savepoints."""
 
     def __init__(
@@ -119,13 +119,17 @@ class _Run:
 def pending(connection: BaseDatabaseWrapper) -> list[tuple[str, Outgoing]]:
     """Events that would leave if the open transaction committed now, as (alias, event)."""
     events: list[tuple[str, Outgoing]] = []
-    for _, hook, _ in _hooks(connection):
-        run = getattr(hook, "__self__", None)
-        if isinstance(run, _Run):
-            sent = encoded(run.events)
-            run.events[:] = sent
-            events += [(run.using, event) for event in sent]
+    for run in runs_of(connection):
+        sent = encoded(run.events)
+        run.events[:] = sent
+        events += [(run.using, event) for event in sent]
     return events
+
+
+def runs_of(connection: BaseDatabaseWrapper) -> list[Run]:
+    """The events that would leave if the open transaction committed now, run by run."""
+    owners = (getattr(hook[1], "__self__", None) for hook in _hooks(connection))
+    return [owner for owner in owners if isinstance(owner, Run)]
 
 
 def encoded(events: Sequence[Noted]) -> list[Outgoing]:

@@ -27,6 +27,7 @@ _IMMUTABLE = (
     datetime.time,
     datetime.timedelta,
 )
+_JSON = frozenset({type(None), str, int, float, bool})
 _LOADED = "pgnotify_loaded"
 _UNKNOWN = object()
 
@@ -58,9 +59,12 @@ def _concrete_fields(model: type[Model]) -> dict[str, Field[Any, Any]]:
 
 
 @functools.cache
-def _named_fields(model: type[Model], names: tuple[str, ...]) -> tuple[Field[Any, Any], ...]:
+def _named_fields(
+    model: type[Model], names: tuple[str, ...]
+) -> tuple[tuple[str, str, Field[Any, Any]], ...]:
+    """Name, attname and field of each."""
     fields = _concrete_fields(model)
-    return tuple(fields[name] for name in names)
+    return tuple((name, fields[name].attname, fields[name]) for name in names)
 
 
 def has_any(model: type[Model], names: Collection[str]) -> bool:
@@ -95,19 +99,20 @@ def plain_values(
     """
     if not names:
         return {}
-    before = _loaded(model, instance)
+    row = instance.__dict__
+    before = None if update_fields is None else _loaded(model, instance)
     values = {}
-    for name, field in zip(names, _named_fields(model, names), strict=True):
-        in_row = _is_written(field, update_fields) or (
-            before.get(name, _UNKNOWN) is not _UNKNOWN
-            and before[name] == _snapshot(field, instance)
-        )
-        if not in_row:
+    for name, attname, field in _named_fields(model, names):
+        value = row.get(attname, _UNKNOWN)
+        if before is not None and not _is_written(field, update_fields):
+            was = before.get(name, _UNKNOWN)
+            if was is _UNKNOWN or was != _snapshot(field, value, instance):
+                continue
+        if type(value) in _JSON:
+            values[name] = value
+        elif value is _UNKNOWN or hasattr(value, "resolve_expression"):
             continue
-        value = instance.__dict__.get(field.attname, _UNKNOWN)
-        if value is _UNKNOWN or hasattr(value, "resolve_expression"):
-            continue
-        if value is None or isinstance(value, (str, int, float, dict, list)):
+        elif isinstance(value, (str, int, float, dict, list)):
             values[name] = value
         else:
             try:
@@ -136,18 +141,15 @@ def remember(
         written: only these were read or written; None for all of them.
         may_roll_back: a value that differs from the one before is then not known any more.
     """
-    loaded = _loaded(model, instance)
-    for name, field in zip(names, _named_fields(model, names), strict=True):
-        if _is_written(field, written):
-            value = _snapshot(field, instance)
+    row, loaded = instance.__dict__, _loaded(model, instance)
+    for name, attname, field in _named_fields(model, names):
+        if written is None or _is_written(field, written):
+            value = row.get(attname, _UNKNOWN)
+            if type(value) not in _JSON:
+                value = _snapshot(field, value, instance)
             if may_roll_back and (name not in loaded or loaded[name] != value):
                 value = _UNKNOWN
             loaded[name] = value
-
-
-def forget(model: type[Model], instance: Model) -> None:
-    """Note that nothing is known of what the database has."""
-    _loaded(model, instance).clear()
 
 
 def _loaded(model: type[Model], instance: Model) -> dict[str, Any]:
@@ -175,8 +177,25 @@ def watch_refresh(sender: type[Model], model: type[Model], names: tuple[str, ...
     sender.refresh_from_db = refresh_from_db  # type: ignore[method-assign, assignment]
 
 
-def _snapshot(field: Field[Any, Any], instance: Model) -> Any:
-    value = instance.__dict__.get(field.attname, _UNKNOWN)
+def watch_loading(model: type[Model], names: tuple[str, ...]) -> None:
+    """Have ``from_db()`` note what a row was loaded with.
+
+    Not ``post_init``, which the constructor sends too, and what it was given says nothing of a row
+    there may be.
+    """
+    load = model.from_db.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(load)
+    def from_db(cls: type[Model], *args: Any, **kwargs: Any) -> Model:
+        instance: Model = load(cls, *args, **kwargs)
+        remember(model, instance, names)
+        return instance
+
+    model.from_db = classmethod(from_db)  # type: ignore[method-assign, assignment]
+
+
+def _snapshot(field: Field[Any, Any], value: Any, instance: Model) -> Any:
+    """What ``value``, that of ``field``, can be compared with later."""
     if value is _UNKNOWN or isinstance(value, _IMMUTABLE):
         return value
     if hasattr(value, "resolve_expression"):
@@ -205,12 +224,13 @@ def changed_names(
             return None
         fields = _concrete_fields(model)
         return tuple(sorted({fields[name].name for name in update_fields if name in fields}))
-    before = _loaded(model, instance)
+    row, before = instance.__dict__, _loaded(model, instance)
     changed = []
-    for name, field in zip(names, _named_fields(model, names), strict=True):
+    for name, attname, field in _named_fields(model, names):
         if not _is_written(field, update_fields):
             continue
-        was, now = before.get(name, _UNKNOWN), _snapshot(field, instance)
+        was = before.get(name, _UNKNOWN)
+        now = _snapshot(field, row.get(attname, _UNKNOWN), instance)
         if was is _UNKNOWN or now is _UNKNOWN:
             return None
         if was != now:

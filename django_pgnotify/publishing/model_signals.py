@@ -15,9 +15,7 @@ from django.db.models.signals import (
     class_prepared,
     m2m_changed,
     post_delete,
-    post_init,
     post_save,
-    pre_save,
 )
 
 from ..conf import conf
@@ -160,8 +158,8 @@ def _connect(sender: type[Model], publication: Publication) -> None:
         post_delete.connect(_deleted, sender=sender, dispatch_uid=_UID)
     if publication.fields and (sender, publication.label) not in _watched:
         _watched.add((sender, publication.label))
-        post_init.connect(_loaded, sender=sender, dispatch_uid=_UID)
-        pre_save.connect(_saving, sender=sender, dispatch_uid=_UID)
+        if sender is publication.model:  # the others inherit it
+            changes.watch_loading(sender, publication.fields)
         changes.watch_refresh(sender, publication.model, publication.fields)
     for field in publication.model._meta.local_many_to_many:
         # A through model named by a string may not be loaded yet.
@@ -248,18 +246,6 @@ def _tables_of(sender: type[Model]) -> tuple[str, ...]:
 
 
 # -- handlers -------------------------------------------------------------------------------
-
-
-def _loaded(sender: type[Model], instance: Model, **kwargs: Any) -> None:
-    for publication in _publications_of(sender):
-        changes.remember(publication.model, instance, publication.fields)
-
-
-def _saving(sender: type[Model], instance: Model, **kwargs: Any) -> None:
-    """Values that were given to the constructor, not loaded, say nothing of a row there may be."""
-    if instance._state.adding:
-        for publication in _publications_of(sender):
-            changes.forget(publication.model, instance)
 
 
 def _saved(

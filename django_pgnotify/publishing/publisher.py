@@ -18,6 +18,7 @@ from ..wire import Outgoing, encode_event
 from . import background
 from .buffer import CommitBuffer, Noted, encoded, portions
 from .plain import ENCODER
+from .riding import let_events_ride
 from .sender import is_default_transport, postgres_connection, report_unsent, send
 
 _BUFFER = "_pgnotify_commit_buffer"
@@ -208,6 +209,7 @@ def _buffer_of(connection: BaseDatabaseWrapper) -> CommitBuffer:
     if buffer is None:
         buffer = CommitBuffer(connection, send_committed)
         setattr(connection, _BUFFER, buffer)
+        let_events_ride(connection)
     return buffer
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any, Protocol
 
 from django.db import connections, transaction
@@ -25,9 +24,6 @@ from .statement import notify
 logger = logging.getLogger("django_pgnotify.publishing")
 
 
-_size = attrgetter("size")
-
-
 class Transport(Protocol):
     """What carries encoded events away; PostgreSQL, unless a test says otherwise."""
 
@@ -38,8 +34,8 @@ class NotifyTransport:
     """Issues NOTIFY on the Django connection of an alias, in the transaction that is open there."""
 
     def send(self, events: Sequence[Outgoing], using: str) -> None:
-        packer = _packer(conf.source, conf.CHANNEL_PREFIX, conf.SIGNING)
-        if max(map(_size, events), default=0) <= packer.room:
+        packer = packer_in_use()
+        if packer.fit(events):
             self._notify(packer.pack(events), using)
             return
         # One transaction, so that nobody hears of a row that is not there yet.
@@ -61,6 +57,11 @@ class NotifyTransport:
     def _notify(self, frames: list[tuple[str, str]], using: str) -> None:
         notify(frames, own_connection(using))
         publishing_stats.add("frames", len(frames))
+
+
+def packer_in_use() -> FramePacker:
+    """Packs what this process publishes, as it is configured now."""
+    return _packer(conf.source, conf.CHANNEL_PREFIX, conf.SIGNING)
 
 
 @lru_cache(maxsize=16)

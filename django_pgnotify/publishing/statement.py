@@ -1,9 +1,10 @@
 """The statement that NOTIFYs: by psycopg alone where that is the same, else by Django's cursor.
 
-An event costs its writer one round trip, and Django's cursor with its client-side quoting costs as
-much again. Outside a transaction, with nobody looking at the queries, the frames go as they are to
-psycopg's own ``execute`` generator, which waits as every other statement of the connection does.
-Unnamed statements only, because a pooler may hand each one to another backend.
+A transaction's events can ride with its COMMIT. Else they cost the writer a round trip, and the
+cursor with its client-side quoting costs as much again. So outside a transaction, with nobody
+looking at the queries, the frames go as they are to psycopg's own generators, which wait as every
+other statement of the connection does. Unnamed statements only, because a pooler may hand each one
+to another backend.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import psycopg
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import errors, generators, pq
+from psycopg.abc import PQGen
 
 FRAMES_PER_STATEMENT = 64
 """At most 512 kB of payload in one statement, so that a listener works on the first frames of a
@@ -39,16 +41,81 @@ def notify(frames: Sequence[Frame], connection: BaseDatabaseWrapper) -> None:
         execute(frames[start : start + FRAMES_PER_STATEMENT], connection)
 
 
-def _nobody_looks(connection: BaseDatabaseWrapper) -> bool:
-    """Whether there is no transaction to join, no log of queries, and no wrapper around them."""
-    raw: Any = connection.connection
+def can_ride(connection: BaseDatabaseWrapper) -> bool:
+    """Whether :func:`commit_and_notify` may stand in for the COMMIT that is due."""
     return (
-        isinstance(raw, psycopg.Connection)
+        _is_ours_to_use(connection)
         and not connection.in_atomic_block
+        and connection.connection.pgconn.transaction_status == pq.TransactionStatus.INTRANS
+    )
+
+
+def commit_and_notify(
+    frames: Sequence[Frame], connection: BaseDatabaseWrapper
+) -> psycopg.Error | None:
+    """COMMIT, and NOTIFY each frame in a transaction behind it, in one round trip.
+
+    The server skips the NOTIFY where the COMMIT fails.
+
+    Returns:
+        Why the NOTIFY failed; the COMMIT stands.
+
+    Raises:
+        django.db.Error: the COMMIT failed, or was not answered.
+    """
+    raw: psycopg.Connection[Any] = connection.connection
+    pgconn = raw.pgconn
+    values = [text.encode() for frame in frames for text in frame]
+    with connection.wrap_database_errors, raw.lock:
+        pgconn.enter_pipeline_mode()
+        try:
+            pgconn.send_query_params(b"COMMIT", None)
+            pgconn.send_query_params(_query(len(frames)), values)
+            pgconn.pipeline_sync()
+            committed, notified = raw.wait(_two_answers(pgconn))
+        finally:
+            try:
+                pgconn.exit_pipeline_mode()
+            except psycopg.Error:  # interrupted while answers are under way
+                raw.close()
+        error = _error_in(committed, pgconn)
+        if error is not None:
+            raise error
+    return _error_in(notified, pgconn)
+
+
+def _two_answers(pgconn: pq.abc.PGconn) -> PQGen[tuple[pq.abc.PGresult, pq.abc.PGresult]]:
+    yield from generators.send(pgconn)
+    [first] = yield from generators.fetch_many(pgconn)
+    [second] = yield from generators.fetch_many(pgconn)
+    yield from generators.fetch_many(pgconn)  # the end of the pipeline
+    return first, second
+
+
+def _error_in(result: pq.abc.PGresult, pgconn: pq.abc.PGconn) -> psycopg.Error | None:
+    if result.status in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
+        return None
+    if pgconn.status == pq.ConnStatus.BAD:
+        return errors.OperationalError(result.get_error_message())
+    return errors.error_from_result(result, encoding="utf-8")
+
+
+def _nobody_looks(connection: BaseDatabaseWrapper) -> bool:
+    """Whether there is no transaction to join, and nobody to show the statement to."""
+    return (
+        _is_ours_to_use(connection)
+        and not connection.in_atomic_block
+        and connection.connection.autocommit
+        and connection.connection.pgconn.transaction_status == pq.TransactionStatus.IDLE
+    )
+
+
+def _is_ours_to_use(connection: BaseDatabaseWrapper) -> bool:
+    """Whether psycopg is there, with no log of queries and no wrapper around them."""
+    return (
+        isinstance(connection.connection, psycopg.Connection)
         and not connection.execute_wrappers
         and not connection.queries_logged
-        and raw.autocommit
-        and raw.pgconn.transaction_status == pq.TransactionStatus.IDLE
     )
 
 
@@ -68,10 +135,9 @@ def _directly(frames: Sequence[Frame], connection: BaseDatabaseWrapper) -> None:
     with connection.wrap_database_errors, raw.lock:
         pgconn.send_query_params(_query(len(frames)), values)
         [result] = raw.wait(generators.execute(pgconn))
-        if result.status != pq.ExecStatus.TUPLES_OK:
-            if pgconn.status == pq.ConnStatus.BAD:
-                raise errors.OperationalError(result.get_error_message())
-            raise errors.error_from_result(result, encoding="utf-8")
+        error = _error_in(result, pgconn)
+        if error is not None:
+            raise error
 
 
 @cache

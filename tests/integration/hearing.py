@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -144,6 +144,11 @@ def statements(using: str = "default") -> Iterator[Statements]:
 def before_anything_else(hook: Callable[[], object], using: str = "default") -> None:
     """Have ``hook`` run right after the commit, ahead even of the hooks of the commit buffer."""
     connections[using].run_on_commit.insert(0, (set(), hook, True))  # type: ignore[arg-type]
+
+
+def by_hook(using: str = "default") -> AbstractContextManager[None]:
+    """Have events leave by the hook behind COMMIT: none rides while somebody wraps statements."""
+    return connections[using].execute_wrapper(lambda execute, *args: execute(*args))
 
 
 def terminate_own_backend(using: str = "default") -> None:

@@ -25,6 +25,7 @@ from django_pgnotify.wire import Outgoing
 from tests.integration.hearing import (
     Ear,
     before_anything_else,
+    by_hook,
     hearing,
     statements,
     terminate_own_backend,
@@ -422,7 +423,11 @@ def test_a_connection_that_dies_between_commit_and_flush_costs_the_events_not_th
 ) -> None:
     failed = publishing_stats["publish_failed"]
     try:
-        with caplog.at_level(logging.ERROR, "django_pgnotify.publishing"), transaction.atomic():
+        with (
+            caplog.at_level(logging.ERROR, "django_pgnotify.publishing"),
+            by_hook(),
+            transaction.atomic(),
+        ):
             Order.objects.create(note="s3cret-payload")
             before_anything_else(terminate_own_backend)
     finally:

@@ -38,6 +38,7 @@ from django_pgnotify.wire import FramePacker, Outgoing, wire_channel
 from tests.integration.hearing import (
     Ear,
     before_anything_else,
+    by_hook,
     hearing,
     statements,
     terminate_own_backend,
@@ -453,6 +454,7 @@ def test_a_notify_that_fails_after_the_commit_is_logged_and_counted_and_not_rais
     try:
         with (
             caplog.at_level(logging.ERROR, "django_pgnotify.publishing"),
+            by_hook(),
             transaction.atomic(),
         ):
             order = Order.objects.create(status="paid")
