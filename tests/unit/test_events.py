@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import pickle
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from django_pgnotify import Event, Topic
@@ -28,7 +29,8 @@ from django_pgnotify.events import (
     check_topic,
     new_event_id,
 )
-from django_pgnotify.exceptions import InvalidAction, InvalidDelivery, InvalidTopic
+from django_pgnotify.exceptions import FrameError, InvalidAction, InvalidDelivery, InvalidTopic
+from django_pgnotify.wire import event_from
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,6 +188,219 @@ def test_an_event_of_no_row_has_no_instance(model: str | None, pk: Any) -> None:
 
 async def test_an_event_of_no_row_has_no_instance_for_async_code_either() -> None:
     assert await event().ainstance() is None
+
+
+# -- events from the wire ----------------------------------------------------------------------
+
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+
+def decoded(raw: dict[str, Any], **about: Any) -> Event:
+    """The event that a listener makes of a frame's JSON object."""
+    defaults: dict[str, Any] = {"topic": "jobs", "source": "web1:7", "received_at": MOMENT}
+    return event_from(raw, **defaults | about)
+
+
+def pair() -> tuple[Event, Event]:
+    """An event from the wire of which nobody has read anything yet, and its like by hand."""
+    raw = {
+        "id": "e-1",
+        "action": "updated",
+        "at": MOMENT.timestamp(),
+        "model": "testapp.order",
+        "pk": 7,
+        "changed": ["status"],
+        "data": "paid",
+    }
+    by_hand = event(
+        action="updated",
+        model="testapp.order",
+        pk=7,
+        data="paid",
+        key="testapp.order:7",
+        published_at=MOMENT,
+        changed=("status",),
+        using="default",
+    )
+    return decoded(raw, using="default"), by_hand
+
+
+LOOKS: dict[str, Callable[[Event], object]] = {
+    "itself": lambda one: one,
+    "repr": repr,
+    "hash": hash,
+    "asdict": dataclasses.asdict,
+    "astuple": dataclasses.astuple,
+    "replace": lambda one: dataclasses.replace(one, data=1),
+    "pickle": lambda one: pickle.loads(pickle.dumps(one)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "key": lambda one: one.key,
+    "published_at": lambda one: one.published_at,
+    "match": lambda one: [getattr(one, name) for name in Event.__match_args__],
+    "type": type,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
+def test_an_event_from_the_wire_is_as_one_made_by_hand_whatever_is_done_with_it_first(
+    look: Callable[[Event], object],
+) -> None:
+    from_wire, by_hand = pair()
+    assert look(from_wire) == look(by_hand)
+    assert look(by_hand) == look(from_wire)
+
+
+@pytest.mark.parametrize("again", [pickle.dumps, copy.copy, dataclasses.replace, repr, hash])
+def test_an_event_from_the_wire_is_the_same_after_it_was_looked_at(
+    again: Callable[[Event], object],
+) -> None:
+    from_wire, by_hand = pair()
+    again(from_wire)
+    again(from_wire)
+    assert from_wire == by_hand
+    assert hash(from_wire) == hash(by_hand)
+    assert {from_wire: 1}[by_hand] == 1
+
+
+def test_a_pickle_of_an_untouched_event_from_the_wire_is_read_as_one_made_by_hand() -> None:
+    from_wire, by_hand = pair()
+    assert pickle.dumps(from_wire) == pickle.dumps(by_hand)
+
+
+def test_an_event_from_the_wire_is_an_event_and_nothing_else() -> None:
+    from_wire, _ = pair()
+    assert type(from_wire) is Event
+    assert dataclasses.is_dataclass(from_wire)
+    match from_wire:
+        case Event(key=key, published_at=published_at):
+            assert (key, published_at) == ("testapp.order:7", MOMENT)
+        case _:
+            pytest.fail("no Event")
+
+
+@pytest.mark.parametrize("looked_at_before", [True, False])
+def test_an_event_from_the_wire_is_frozen(looked_at_before: bool) -> None:
+    from_wire, by_hand = pair()
+    if looked_at_before:
+        repr(from_wire)
+    for name in EVENT_FIELDS:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(from_wire, name, "other")
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            delattr(from_wire, name)
+    for name in ("sent_at", "extra"):
+        with pytest.raises((AttributeError, TypeError)):
+            setattr(from_wire, name, 1.0)
+    assert from_wire == by_hand
+
+
+def test_what_is_filled_in_at_its_first_use_is_made_once() -> None:
+    from_wire, _ = pair()
+    assert from_wire.published_at is from_wire.published_at
+    assert from_wire.key is from_wire.key
+
+
+@pytest.mark.parametrize("name", ["nothing", "_key", "sent", "__wrapped__"])
+def test_an_event_has_no_attribute_that_it_was_not_given(name: str) -> None:
+    for one in pair():
+        assert not hasattr(one, name)
+        with pytest.raises(AttributeError, match=name) as caught:
+            getattr(one, name)
+        assert caught.value.name == name
+        assert caught.value.obj is one
+
+
+def test_an_event_that_is_only_being_made_has_no_time_and_no_end_of_recursion() -> None:
+    """As pickle and copy make it, before they fill it."""
+    bare = Event.__new__(Event)
+    for name in ("published_at", "key", "id"):
+        with pytest.raises(AttributeError):
+            getattr(bare, name)
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({}, None),
+        ({"key": "k"}, "k"),
+        ({"model": "a.b", "action": "updated", "pk": 1}, "a.b:1"),
+        ({"model": "a.b", "action": "updated", "pk": 1, "key": "k"}, "k"),
+        ({"model": "a.b", "action": "deleted", "pk": None}, "a.b:None"),
+        ({"model": "a.b", "action": "updated", "pk": [1, "x"]}, "a.b:[1, 'x']"),
+    ],
+)
+def test_an_event_s_key_is_its_own_or_its_row_s(raw: dict[str, Any], key: str | None) -> None:
+    one = decoded(raw)
+    assert one.key == key
+    assert one == dataclasses.replace(one)
+    assert dataclasses.asdict(one)["key"] == key
+
+
+def test_an_event_without_a_time_was_published_when_it_was_received() -> None:
+    assert decoded({}).published_at is MOMENT
+
+
+FIRST, LAST = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+
+
+@given(st.floats(FIRST.timestamp(), LAST.timestamp()))
+@example(FIRST.timestamp())
+@example(LAST.timestamp())
+@example(0.0)
+@example(-0.1)
+def test_a_time_that_was_accepted_can_be_read(at: float) -> None:
+    one = decoded({"at": at})
+    assert one.published_at.tzinfo is UTC
+    assert abs(one.published_at.timestamp() - at) < 0.001
+    assert "published_at" in repr(one)
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        float("nan"),
+        float("inf"),
+        float("-inf"),
+        FIRST.timestamp() - 1,
+        LAST.timestamp() + 86400,
+        1e300,
+        -1e300,
+        10**400,
+        -(10**400),
+    ],
+)
+def test_a_time_out_of_range_is_refused_when_it_is_decoded_not_when_it_is_read(at: Any) -> None:
+    with pytest.raises(FrameError, match="out of range"):
+        decoded({"at": at})
+
+
+@pytest.mark.parametrize("at", [True, "0", [], {}])
+def test_a_time_that_is_no_number_is_refused(at: Any) -> None:
+    with pytest.raises(FrameError, match="number of seconds"):
+        decoded({"at": at})
+
+
+def test_threads_that_look_at_one_event_first_at_the_same_time_see_the_same() -> None:
+    for _ in range(200):
+        from_wire, by_hand = pair()
+        together = threading.Barrier(4)
+        seen: list[tuple[Any, Any]] = []
+
+        def look(
+            one: Event = from_wire,
+            together: threading.Barrier = together,
+            seen: list[Any] = seen,
+        ) -> None:
+            together.wait(10)
+            seen.append((one.published_at, one.key))
+
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen == [(by_hand.published_at, by_hand.key)] * 4
 
 
 # -- ids -------------------------------------------------------------------------------------
