@@ -5,6 +5,8 @@
 # make test-all      the tests on each Python, Django and PostgreSQL there is
 # make faults        break the server, the network and the listeners 200 times, account for every
 #                    event (SEED=7; FAULTS=1000; MEMORY=1: a million events through one listener)
+# make model-check   durable topics: random writers, consumers that crash, every event accounted for
+#                    (SEED=7; SECONDS=60; EVENTS=100000)
 # make bench         measure it beside others, write docs/benchmarks
 # make bench-quick   the same in three minutes, smaller, into .bench/  (ARGS='--only burst')
 # make lint          the first three of make test
@@ -97,6 +99,15 @@ FAULT_OPTIONS = $(if $(MEMORY),--memory,--faults $(FAULTS)) $(if $(SEED),--seed 
 
 faults: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.faults.run $(FAULT_OPTIONS)
+
+.PHONY: model-check
+
+SECONDS ?= 60
+EVENTS ?= 100000
+
+model-check: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.faults.model.run --seconds $(SECONDS) --events $(EVENTS) \
+	  $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # ---- the benchmarks ----------------------------------------------------------------------------
 

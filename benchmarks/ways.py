@@ -63,6 +63,7 @@ OURS_ATOMIC = Way(listeners.pglisten, "shop.Atomic", "shop.Load")
 OURS_BACKGROUND = Way(
     listeners.pglisten, "shop.Background", "shop.Load", ("PGNOTIFY_BACKGROUND_SENDER",)
 )
+OURS_DURABLE = Way(partial(listeners.pglisten, receiver="durable"), "shop.Durable")
 NAIVE = Way(listeners.naive, "shop.Naive", "shop.NaiveLoad")
 PUBSUB = Way(listeners.pgpubsub, "pubsub.Plain", "pubsub.PlainLoad")
 PUBSUB_STORED = Way(listeners.pgpubsub, "pubsub.Stored", "pubsub.StoredLoad")

@@ -12,6 +12,8 @@ W002       ``invalidates`` names a LocMemCache or DummyCache, which is per proce
 W003       A receiver of a model that publishes nothing.
 W004       A topic that looks like a model's label and is not that model's topic.
 W005       The listening alias looks as if it went through a pooler.
+W006       The log's hard limit is shorter than its retention.
+W007       A durable consumer that is named after its function.
 ========== ========================================================================
 """
 
@@ -29,7 +31,7 @@ from .conf import conf, problems
 from .exceptions import PgNotifyError, UnsupportedDatabase
 from .publishing import model_signals
 from .publishing.sender import check_alias
-from .registry import is_model, registry
+from .registry import describe, is_model, registry
 
 MINIMUM_PSYCOPG = (3, 2, 10)
 
@@ -42,7 +44,14 @@ _PER_PROCESS_LAYER = "channels.layers.InMemoryChannelLayer"
 
 def register() -> None:
     """Add the checks to Django's; called once the apps are ready."""
-    for check in (check_settings, check_psycopg, check_databases, check_receivers):
+    for check in (
+        check_settings,
+        check_psycopg,
+        check_databases,
+        check_receivers,
+        check_retention,
+        check_consumers,
+    ):
         checks.register(_listed(check), "pgnotify")
 
 
@@ -67,6 +76,36 @@ def check_settings() -> Iterator[CheckMessage]:
             hint="Keys are model labels ('auth.User'); options are those of notify_changes().",
             id="pgnotify.E004",
         )
+
+
+def check_retention() -> Iterator[CheckMessage]:
+    try:
+        limit, retention = conf.LOG_LIMIT, conf.LOG_RETENTION
+    except PgNotifyError:
+        return  # E003 says so
+    if limit is not None and limit < retention:
+        yield checks.Warning(
+            f"PGNOTIFY_LOG_LIMIT = {limit:g} s is shorter than PGNOTIFY_LOG_RETENTION = "
+            f"{retention:g} s: events go before it, whether consumers have passed them or not.",
+            hint="Make the limit the longer one, or None.",
+            id="pgnotify.W006",
+        )
+
+
+def check_consumers() -> Iterator[CheckMessage]:
+    try:
+        default = conf.DELIVERY
+    except PgNotifyError:
+        return  # E003 says so
+    for receiver in registry.receivers:
+        named_after_it = receiver.uid.startswith(f"{describe(receiver.func)}:")
+        if named_after_it and registry.durable_topics(receiver, default):
+            yield checks.Warning(
+                f"Durable consumer {receiver.uid} is named after its function: when that is "
+                f"renamed or moved, a new consumer begins and the old one's place is lost.",
+                hint="Give the receiver a dispatch_uid.",
+                id="pgnotify.W007",
+            )
 
 
 def check_psycopg() -> Iterator[CheckMessage]:

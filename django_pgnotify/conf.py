@@ -86,6 +86,10 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
+def _optional_seconds(value: Any) -> float | None:
+    return None if value is None else _seconds(value)
+
+
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError("expected a whole number of at least 1.")
@@ -155,6 +159,12 @@ class Conf:
     """Bytes of payload that may wait for one receiver; beyond it events are dropped likewise."""
     STORED_RETENTION = Setting(3600.0, _seconds)
     """Seconds for which an event too big for NOTIFY is kept in its table."""
+    SWEEP_INTERVAL = Setting(5.0, _seconds)
+    """Seconds after which a durable consumer looks into the log though nothing woke it."""
+    LOG_RETENTION = Setting(7 * 86400.0, _seconds)
+    """Seconds for which an event stays in the log, also when every consumer has passed it."""
+    LOG_LIMIT = Setting(30 * 86400.0, _optional_seconds)
+    """Seconds after which it is removed though a consumer has not passed it; None for never."""
 
     @property
     def listen_database(self) -> str:

@@ -16,7 +16,7 @@ Action = Literal["created", "updated", "deleted", "m2m_changed", "published", "g
 ACTIONS: tuple[Action, ...] = get_args(Action)
 MODEL_ACTIONS: tuple[Action, ...] = ("created", "updated", "deleted", "m2m_changed")
 
-Delivery = Literal["after_commit", "atomic"]
+Delivery = Literal["after_commit", "atomic", "durable"]
 DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
 
 

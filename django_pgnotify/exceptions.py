@@ -10,6 +10,7 @@ PgNotifyError
  │    ├── InvalidSetting
  │    ├── InvalidReceiver
  │    ├── DuplicateReceiver
+ │    ├── UnknownConsumer
  │    └── EventDataError
  ├── UnsupportedDatabase
  ├── PublishError
@@ -65,6 +66,10 @@ class InvalidReceiver(InvalidArgument):
 
 class DuplicateReceiver(InvalidArgument):
     """A ``dispatch_uid`` is taken. Each receiver needs one of its own."""
+
+
+class UnknownConsumer(InvalidArgument):
+    """There is no durable consumer of that name. Name one of those the message lists."""
 
 
 class EventDataError(InvalidArgument):

@@ -90,6 +90,7 @@ def forward(
             sources=sources,
             actions=chosen,
             on_gap=chosen is not None and "gap" in chosen,
+            durable=False,  # a browser wants what is now, not what was while it was away
             purpose={"layer": layer},
         ),
         explicit_uid=dispatch_uid is not None or isinstance(group, str),

@@ -1,8 +1,14 @@
-"""The one table of the bus: events that were too big for a NOTIFY payload."""
+"""The tables of the bus: what NOTIFY cannot carry, and what must not be lost.
+
+Those of durable topics are made on PostgreSQL only (migration 0002).
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.db import models
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.functions import Now
 
 
@@ -22,3 +28,115 @@ class StoredEvent(models.Model):
 
     def __str__(self) -> str:
         return f"stored event {self.pk}"
+
+
+class XidField(models.BigIntegerField):  # type: ignore[type-arg]
+    """A transaction id of 64 bits, which never wraps around (``xid8``)."""
+
+    def db_type(self, connection: BaseDatabaseWrapper) -> str:
+        return "xid8"
+
+    def from_db_value(self, value: Any, *args: Any) -> int | None:
+        return None if value is None else int(value)
+
+
+class CurrentXid(models.Func):
+    """The id of the transaction that writes."""
+
+    template = "%(function)s()"
+    function = "pg_current_xact_id"
+    output_field = XidField()
+
+
+class LoggedEvent(models.Model):
+    """An event of a durable topic, written in the transaction that it tells of."""
+
+    # Ids are given out before a transaction commits, so neither their order nor that of the xids
+    # is the order of commits: see durable/cursor.py for how the log is read.
+    id = models.BigAutoField(primary_key=True)
+    xid = XidField("transaction", db_default=CurrentXid())
+    topic = models.TextField()
+    key = models.TextField(null=True)  # noqa: DJ001 - an event without a key has none
+    source = models.TextField(help_text="node:pid of the publisher")
+    # Text and not jsonb: nobody looks into it in SQL, it is smaller, and quicker to read.
+    body = models.TextField(help_text="The event as JSON text.")
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        db_table = "pgnotify_event_log"
+        default_permissions = ("view",)
+        verbose_name = "event"
+        verbose_name_plural = "event log"
+        indexes = (models.Index(fields=["topic", "xid", "id"], name="pgnotify_event_log_new"),)
+
+    def __str__(self) -> str:
+        return f"event {self.pk} of {self.topic}"
+
+
+class Consumer(models.Model):
+    """A durable receiver, and how far it has come in the log."""
+
+    name = models.TextField(unique=True, help_text="dispatch_uid of the receiver, or its name")
+    topics: models.JSONField[Any, Any] = models.JSONField(default=list)
+    paused = models.BooleanField(default=False)
+    holder = models.TextField(default="", help_text="node:pid of the pglisten that runs it")
+    claim = models.BigIntegerField(
+        default=0, help_text="Counts who has run it; whoever is not the last must not write."
+    )
+    revision = models.BigIntegerField(
+        default=0, help_text="Counts how often it was set by an operator."
+    )
+    # The cursor. Everything visible in `snapshot` is behind it. In the middle of a sweep `target`
+    # is the snapshot that the sweep goes up to, and `position` the last id it has handled.
+    snapshot = models.TextField()
+    target = models.TextField(default="")
+    position = models.BigIntegerField(default=0)
+    epoch = models.TextField(help_text="Which server and database the cursor belongs to.")
+    resync = models.TextField(default="", help_text="Why it waits for somebody to decide.")
+    gap_since = models.DateTimeField(null=True)
+    gap_until = models.DateTimeField(null=True)
+    gap_cause = models.TextField(default="", help_text="What the receiver is to be told next.")
+    gap_events = models.BigIntegerField(default=0, help_text="Events that it never got.")
+    handled = models.BigIntegerField(default=0)
+    created_at = models.DateTimeField(db_default=Now())
+    moved_at = models.DateTimeField(db_default=Now(), help_text="When the cursor last moved.")
+
+    class Meta:
+        db_table = "pgnotify_consumer"
+        default_permissions = ("view", "change", "delete")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class DeadLetter(models.Model):
+    """An event that a consumer is to get outside the order of the log, or never got.
+
+    With ``retry_at`` it is waiting: it failed and will be tried again, or somebody asked for it.
+    Without, all attempts are used up, and it stays until it is requeued or discarded.
+    """
+
+    consumer = models.ForeignKey(Consumer, on_delete=models.CASCADE, related_name="dead_letters")
+    event_id = models.BigIntegerField(help_text="Its id in the event log.")
+    topic = models.TextField()
+    key = models.TextField(null=True)  # noqa: DJ001 - an event without a key has none
+    source = models.TextField()
+    body = models.TextField(help_text="The event as JSON text.")
+    published_at = models.DateTimeField(help_text="When the event was written to the log.")
+    attempts = models.IntegerField(default=0)
+    retry_at = models.DateTimeField(null=True, blank=True)
+    failed_at = models.DateTimeField(null=True, blank=True)
+    error = models.TextField(default="", blank=True, help_text="Traceback of the last attempt.")
+
+    class Meta:
+        db_table = "pgnotify_dead_letter"
+        default_permissions = ("view", "change", "delete")
+        constraints = (
+            models.UniqueConstraint(
+                fields=["consumer", "event_id"], name="pgnotify_dead_letter_once"
+            ),
+        )
+        indexes = (models.Index(fields=["consumer", "retry_at"], name="pgnotify_dead_letter_due"),)
+
+    def __str__(self) -> str:
+        return f"event {self.event_id} for {self.consumer_id}"

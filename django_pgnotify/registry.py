@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from .events import Action, Delivery, Event, Topic, check_actions, check_topic
 from .exceptions import DuplicateReceiver, InvalidReceiver, InvalidTopic
@@ -16,6 +16,9 @@ Source = Any
 """A model class, a ``Topic`` or the name of a topic."""
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+Start = Literal["now", "beginning"]
+"""Where a durable consumer that is new begins to read the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,15 @@ class Publication:
     actions: frozenset[Action] | None = None
     delivery: Delivery | None = None
     using: str | None = None
+
+    def tier(self, default: Delivery) -> Delivery:
+        """The tier of its events, where ``default`` is that of the project.
+
+        Only what is published in the transaction that writes the row can be durable.
+        """
+        if self.delivery is None and default == "durable" and self.using is not None:
+            return "after_commit"
+        return self.delivery or default
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,9 @@ class Receiver:
     retries: int = 0
     timeout: float | None = None
     on_gap: bool = False
+    durable: bool | None = None
+    transactional: bool = False
+    start: Start = "now"
     purpose: dict[str, Any] = field(default_factory=dict)
     """What ``forward`` and ``invalidates`` leave here for the system checks."""
 
@@ -121,6 +136,23 @@ class Registry:
         publication = self.publications.get(label)
         return Subscription(label if publication is None else publication.topic, label)
 
+    def durable_topics(self, receiver: Receiver, default: Delivery) -> tuple[str, ...]:
+        """The topics that ``receiver`` reads from the event log and does not hear live.
+
+        Args:
+            default: tier of topics and models that name none.
+        """
+        sources = receiver.sources if receiver.durable is not False else ()
+        if receiver.durable is None:
+            sources = tuple(one for one in sources if self._tier(one, default) == "durable")
+        return tuple(dict.fromkeys(self.subscription(source).topic for source in sources))
+
+    def _tier(self, source: Source, default: Delivery) -> Delivery:
+        if is_model(source):
+            publication = self.publications.get(model_label(source))
+            return default if publication is None else publication.tier(default)
+        return (source.delivery if isinstance(source, Topic) else None) or default
+
     @contextmanager
     def isolated(self) -> Iterator[Registry]:
         """For tests: no receivers inside, and those of before again afterwards."""
@@ -145,6 +177,9 @@ def receiver(
     timeout: float | None = None,
     dispatch_uid: str | None = None,
     on_gap: bool = False,
+    durable: bool | None = None,
+    transactional: bool = False,
+    start: Start = "now",
 ) -> Callable[[F], F]:
     """Register a function to be called with each :class:`Event` of a source.
 
@@ -153,11 +188,19 @@ def receiver(
         actions: only these actions, such as ``["created", "updated"]``; None for all.
         every_node: True runs it in every listener; False in one of the deployment, the leader.
         concurrency: events handled at once (≥ 1). Events with the same key stay in order.
-        retries: further attempts after a failure, with growing pauses (≥ 0).
+        retries: further attempts after a failure, with growing pauses (≥ 0). What a durable
+            consumer has failed at is then kept as a dead letter.
         timeout: seconds after which one attempt of an async receiver is cancelled, and failed. A
             thread cannot be interrupted, so a sync receiver takes none.
         dispatch_uid: a name of its own; default: module, qualified name and source.
         on_gap: also call it with ``action="gap"`` when events may have been missed.
+        durable: True makes it a durable consumer of its topics: it reads the event log, from
+            where it stopped, however long it was away. False has it hear live events only. None:
+            durable where the source is a ``Topic(..., delivery="durable")``, a model that
+            publishes so, or a topic of unnamed delivery under ``PGNOTIFY_DELIVERY = "durable"``.
+        transactional: (durable) each call is part of the transaction in which the consumer moves
+            on, so what it does in that database happens exactly once. Sync, ``concurrency=1``.
+        start: (durable) where it begins when it is new: ``"now"`` or ``"beginning"`` of the log.
 
     Raises:
         InvalidReceiver: the function cannot be called with one event, or an option cannot work.
@@ -175,8 +218,15 @@ def receiver(
     if dispatch_uid is not None and (not isinstance(dispatch_uid, str) or not dispatch_uid):
         raise InvalidReceiver(f"dispatch_uid= takes a non-empty string; got {dispatch_uid!r}.")
 
+    wants_log = _check_durable(durable, transactional, start, every_node, concurrency)
+
     def register(func: F) -> F:
         check_signature(func)
+        if transactional and is_coroutine_callable(func):
+            raise InvalidReceiver(
+                f"{describe(func)} is async, and Django's transactions are sync; make it a plain "
+                f"def or leave out transactional=True."
+            )
         if timeout is not None and not is_coroutine_callable(func):
             raise InvalidReceiver(
                 f"{describe(func)} is sync, and a thread cannot be interrupted; make it async def "
@@ -194,6 +244,9 @@ def receiver(
                 retries=retries,
                 timeout=timeout,
                 on_gap=bool(on_gap) or (chosen is not None and "gap" in chosen),
+                durable=wants_log,
+                transactional=bool(transactional),
+                start=start,
             ),
             explicit_uid=dispatch_uid is not None,
         )
@@ -265,6 +318,26 @@ def check_signature(func: object) -> None:
 def _check_count(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidReceiver(f"{name}= takes a whole number of at least {least}; got {value!r}.")
+
+
+def _check_durable(
+    durable: bool | None, transactional: bool, start: object, every_node: bool, concurrency: int
+) -> bool | None:
+    """Refuse options that contradict each other; returns ``durable`` as they settle it."""
+    if start not in get_args(Start):
+        raise InvalidReceiver(f"start= takes 'now' or 'beginning'; got {start!r}.")
+    if every_node and (durable or transactional):
+        raise InvalidReceiver(
+            "every_node=True hears live events in every listener; a durable consumer gets each "
+            "event once. Leave out one of them."
+        )
+    if transactional and durable is False:
+        raise InvalidReceiver("transactional=True is for durable consumers; durable is False.")
+    if transactional and concurrency != 1:
+        raise InvalidReceiver(
+            f"transactional=True handles one event after the other; concurrency is {concurrency}."
+        )
+    return False if every_node else (durable or transactional or durable)
 
 
 def accepts(receiver: Receiver, event: Event) -> bool:

@@ -27,6 +27,7 @@ VARIANTS = {
     "ours, nobody listens": ways.OURS_UNHEARD,
     BACKGROUND: ways.OURS_BACKGROUND,
     "ours, atomic": ways.OURS_ATOMIC,
+    "ours, durable": ways.OURS_DURABLE,
     "naive, on_commit each": ways.NAIVE,
     "django-pgpubsub": ways.PUBSUB,
     "django-pgpubsub, stored": ways.PUBSUB_STORED,

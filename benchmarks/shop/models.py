@@ -46,6 +46,11 @@ class Atomic(Row):
     """Publishes inside the transaction."""
 
 
+@notify_changes(fields=FIELDS, delivery="durable")
+class Durable(Row):
+    """Writes its events to the log."""
+
+
 @notify_changes(fields=FIELDS)
 class Load(Row):
     """Publishes what keeps the listener busy while something else is measured."""

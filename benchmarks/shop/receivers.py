@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 
 from benchmarks.recording import recorder
-from django_pgnotify import Event, receiver
+from django_pgnotify import Event, Topic, receiver
 
-from .models import AfterCommit, Atomic, Background, Load
+from .models import AfterCommit, Atomic, Background, Durable, Load
 from .naive import topics
 
 KIND = os.environ.get("BENCHMARK_RECEIVER")
 RECEIVERS = int(os.environ.get("BENCHMARK_RECEIVERS", "1"))
 TOPICS = int(os.environ.get("BENCHMARK_TOPICS", "1"))
+LOG = Topic("log", delivery="durable")
 SOURCES = [AfterCommit, Atomic, Background, *topics(TOPICS)]
 
 if KIND is not None:
@@ -38,4 +39,12 @@ for number in range(RECEIVERS):
 
         @receiver(SOURCES, dispatch_uid=f"receive {number}")
         async def areceive(event: Event) -> None:
+            record(event)
+
+    elif KIND in ("durable", "transactional"):
+
+        @receiver(
+            [Durable, LOG], dispatch_uid=f"read {number}", transactional=KIND == "transactional"
+        )
+        def read(event: Event) -> None:
             record(event)

@@ -93,6 +93,7 @@ def invalidates(
             sources=sources,
             actions=check_actions(actions),
             every_node=True,
+            durable=False,
             on_gap=True,
             purpose={"cache": cache},
         ),

@@ -16,6 +16,7 @@ from django.db import DatabaseError, close_old_connections
 
 from .. import signals
 from ..conf import conf
+from ..durable.retention import LogPruner, logged_topics
 from ..events import Event
 from ..listening.connection import Notification
 from ..listening.intake import Intake
@@ -23,10 +24,13 @@ from ..listening.listener import Listener
 from ..registry import Registry, registry
 from ..stats import Stats
 from .dispatcher import Dispatcher, Route
+from .durable import DurableSide
 
 logger = logging.getLogger("django_pgnotify.dispatching")
 
 PRUNE_INTERVAL = 60.0
+PRUNE_AGAIN = 1.0
+"""Seconds between two runs: the latter while there is more to remove than one run does."""
 
 
 def routes_of(registry: Registry, topics: Iterable[str] | None = None) -> list[Route]:
@@ -85,8 +89,12 @@ class Service:
         self.routes = routes_of(registry, topics)
         heard = {s.topic: None for route in self.routes for s in route.subscriptions}
         self.topics = list(heard | dict.fromkeys(topics or ()))
+        self.durable = DurableSide(
+            self.routes, registry, using=using, stats=self.stats, observe=observe
+        )
+        self._live = self.durable.live_routes
         self.dispatcher = Dispatcher(
-            self.routes,
+            self._live,
             concurrency=concurrency or conf.CONCURRENCY,
             max_waiting=conf.QUEUE_MAX_EVENTS,
             max_bytes=conf.QUEUE_MAX_BYTES,
@@ -94,20 +102,23 @@ class Service:
             using=conf.rows_database(self.using),
             overflowed=self._overflowed,
         )
+        self._compared = False
+        self._pruner = LogPruner(conf.rows_database(using))
+        self._established = False
         self._telling: set[asyncio.Future[Any]] = set()
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._health_file = None if health_file is None else Path(health_file)
         consumer = self.dispatcher if observe is None else _Observed(self.dispatcher, observe)
         self._intake = Intake(self.topics, conf.rows_database(self.using), consumer, self.stats)
-        for_leader = any(not route.receiver.every_node for route in self.routes)
+        for_leader = any(not route.receiver.every_node for route in self._live)
         # Listeners of different topics must not keep each other from leading. Where their topics
         # overlap both lead: docs/explanation/leader-and-standby says not to do that.
         name = "all" if topics is None else ",".join(sorted(set(topics)))
         self._leadership = name if for_leader else None
         self.listener = Listener(
             using,
-            self._intake.channels,
+            self._intake.channels | self.durable.channels,
             self,
             leadership=self._leadership,
             gap_on_start=conf.GAP_ON_START,
@@ -115,13 +126,17 @@ class Service:
 
     @property
     def role(self) -> str:
-        """``leader``, ``standby``, or ``every node`` where no receiver needs a leader."""
-        if all(route.receiver.every_node for route in self.routes):
+        """``leader``, ``standby``, or ``every node`` where no receiver needs a leader.
+
+        Durable consumers need none: they are shared out one by one.
+        """
+        if all(route.receiver.every_node for route in self._live):
             return "every node"
         return "leader" if self.dispatcher.leader else "standby"
 
     def stop(self) -> None:
         """Stop the intake; :meth:`run` returns soon after. Call it on the loop."""
+        self.durable.stop()
         self.listener.stop()
 
     async def run(self, shutdown_timeout: float | None = None) -> bool:
@@ -136,6 +151,7 @@ class Service:
         chores = [asyncio.create_task(self._prune_for_ever(), name="pgnotify-prune")]
         if self._health_file is not None:
             chores.append(asyncio.create_task(self._report_for_ever(), name="pgnotify-health"))
+        self.durable.start(self._ready)
         try:
             await self.listener.run()
             await self._intake.settled()
@@ -143,8 +159,9 @@ class Service:
             for chore in chores:
                 chore.cancel()
             await asyncio.wait(chores)
-            drained = await self.dispatcher.drain(
-                conf.SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
+            limit = conf.SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
+            drained = all(
+                await asyncio.gather(self.dispatcher.drain(limit), self.durable.close(limit))
             )
             if self._health_file is not None:
                 self._health_file.unlink(missing_ok=True)
@@ -153,17 +170,26 @@ class Service:
     # -- sink of the listener -------------------------------------------------------------------
 
     def established(self, channels: frozenset[str]) -> None:
+        self._established = True
         self._report_health()
-        if self._on_ready is not None:
+        self.durable.wake_all()
+        self._ready()
+
+    def _ready(self) -> None:
+        """Ready is: what is published from now on is heard, and read by every consumer."""
+        if self._established and self.durable.registered and self._on_ready is not None:
             self._on_ready()
 
     def lost(self, cause: str, retry_in: float) -> None:
+        self._established = False
         self._report_health()
         if self._on_lost is not None:
             self._on_lost(cause, retry_in)
 
     def notified(self, notifications: Sequence[Notification]) -> None:
-        self._intake.notified(notifications)
+        live = self.durable.notified(notifications)
+        if live:
+            self._intake.notified(live)
 
     def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
         self._intake.gap(since, until, cause, for_leader=for_leader)
@@ -183,23 +209,46 @@ class Service:
     # -- chores ---------------------------------------------------------------------------------
 
     async def _prune_for_ever(self) -> None:
+        pause = PRUNE_INTERVAL
         while True:
-            await asyncio.sleep(PRUNE_INTERVAL)
+            await asyncio.sleep(pause)
             if self.role != "standby":
                 try:
-                    await sync_to_async(self._prune)()
+                    more = await sync_to_async(self._prune)()
+                    pause = PRUNE_AGAIN if more else PRUNE_INTERVAL
                 except DatabaseError as exc:
                     logger.warning("Stored events could not be pruned: %s", exc)
 
-    def _prune(self) -> None:
+    def _prune(self) -> bool:
+        """Remove what is old; whether there is more of it than one run removes."""
         from ..publishing.store import PRUNE_BATCH, prune
 
         close_old_connections()
         try:
             while prune(conf.STORED_RETENTION, conf.rows_database(self.using)) >= PRUNE_BATCH:
                 pass
+            if not self._compared:
+                self._compare_tiers()
+            return self._pruner.run().more
         finally:
             close_old_connections()
+
+    def _compare_tiers(self) -> None:
+        """Warn, once, of receivers that hear live what is published to be read from the log."""
+        self._compared = True
+        heard: dict[str, list[str]] = {}
+        for route in self._live:
+            if route.receiver.durable is None:
+                for stream in route.subscriptions:
+                    heard.setdefault(stream.topic, []).append(route.receiver.uid)
+        for topic in logged_topics(heard, conf.rows_database(self.using)) if heard else ():
+            logger.warning(
+                "Topic %r is in the event log, and these receivers hear it live only: %s; pass "
+                "Topic(%r, delivery='durable') or durable=True, or durable=False if it is meant",
+                topic,
+                ", ".join(heard[topic]),
+                topic,
+            )
 
     async def _report_for_ever(self) -> None:
         while True:
@@ -219,6 +268,7 @@ class Service:
             "topics": self.topics,
             "waiting": self.dispatcher.waiting,
             "running": self.dispatcher.running,
+            "consumers": len(self.durable.held),
             "counts": self.stats.snapshot(),
             "at": datetime.now(UTC).isoformat(),
         }

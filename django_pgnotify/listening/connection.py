@@ -28,7 +28,7 @@ burst goes to the receivers' threads in fewer and larger batches if they come to
 _MUCH = 4096
 """Bytes of payload in one read that make another one worth its system call."""
 
-_SERVER_KEEPALIVES = b"""
+SERVER_KEEPALIVES = b"""
 SELECT set_config('tcp_keepalives_idle', '10', false),
        set_config('tcp_keepalives_interval', '10', false),
        set_config('tcp_keepalives_count', '3', false),
@@ -115,7 +115,7 @@ class ListenConnection:
         if not self.pooled:
             # The server's side of the keepalives: a backend that writes to nobody would hold up
             # the notification queue of the whole cluster.
-            await self.execute(_SERVER_KEEPALIVES, timeout=timeout)
+            await self.execute(SERVER_KEEPALIVES, timeout=timeout)
 
     async def listen(self, channels: Sequence[str], *, timeout: float) -> None:
         await self._each("LISTEN {}", channels, timeout)

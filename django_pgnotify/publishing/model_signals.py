@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar, overload
 
 from django.apps import apps
-from django.db import connections
+from django.db import connections, router, transaction
 from django.db.models import Model
 from django.db.models.fields.related import lazy_related_operation
 from django.db.models.signals import (
@@ -24,7 +24,7 @@ from ..exceptions import InvalidArgument, PgNotifyError, UnsupportedDatabase
 from ..registry import Publication, is_model, model_label, registry
 from ..wire import Outgoing
 from . import changes
-from .publisher import deliver
+from .publisher import deliver, outside_transaction
 from .quiet import is_quiet
 from .row_event import RowEvent, report_change
 from .sender import postgres_connection
@@ -40,6 +40,7 @@ _abstract: dict[type[Model], dict[str, Any]] = {}
 _inherited: set[str] = set()
 _unsupported: set[tuple[str, str]] = set()
 _watched: set[tuple[type[Model], str]] = set()
+_atomic_saves: set[type[Model]] = set()
 configuration_errors: list[str] = []
 """What is wrong with PGNOTIFY_MODELS, for the system check."""
 
@@ -125,6 +126,11 @@ def _add(model: type[Model], options: dict[str, Any]) -> None:
         delivery=None if delivery is None else check_delivery(delivery),
         using=options.get("using"),
     )
+    if publication.delivery == "durable" and publication.using is not None:
+        raise InvalidArgument(
+            f"{model._meta.label}: delivery='durable' writes the event in the transaction that "
+            f"writes the row, so it cannot take using={publication.using!r}; leave it out."
+        )
     registry.publications[label] = publication
     for sender in _with_subclasses(model):
         _connect(sender, publication)
@@ -145,6 +151,9 @@ def _connect(sender: type[Model], publication: Publication) -> None:
     if sender._meta.abstract:
         return
     post_save.connect(_saved, sender=sender, dispatch_uid=_UID)
+    if sender not in _atomic_saves:
+        _atomic_saves.add(sender)
+        _make_saves_atomic(sender)
     if sender._meta.concrete_model is publication.model:
         post_delete.connect(_deleted, sender=sender, dispatch_uid=_UID)
     if publication.fields and (sender, publication.label) not in _watched:
@@ -155,6 +164,36 @@ def _connect(sender: type[Model], publication: Publication) -> None:
     for field in publication.model._meta.local_many_to_many:
         # A through model named by a string may not be loaded yet.
         lazy_related_operation(_connect_through, publication.model, field.remote_field.through)
+
+
+def _make_saves_atomic(sender: type[Model]) -> None:
+    """Have a save whose event is durable write the row and the event in one transaction.
+
+    In autocommit Django sends ``post_save`` when the row has been committed. (Deletions and
+    many-to-many changes are in a transaction by themselves.)
+    """
+    save_base = sender.save_base
+
+    @functools.wraps(save_base)
+    def atomic_save_base(
+        self: Model,
+        raw: bool = False,
+        force_insert: bool | tuple[type[Model], ...] = False,
+        force_update: bool = False,
+        using: str | None = None,
+        update_fields: Iterable[str] | None = None,
+    ) -> None:
+        default = conf.DELIVERY
+        tiers = {publication.tier(default) for publication in _publications_of(sender)}
+        if "durable" in tiers:
+            using = using or router.db_for_write(type(self), instance=self)
+            if outside_transaction(connections[using]):
+                with transaction.atomic(using):
+                    save_base(self, raw, force_insert, force_update, using, update_fields)
+                return
+        save_base(self, raw, force_insert, force_update, using, update_fields)
+
+    sender.save_base = atomic_save_base  # type: ignore[method-assign, assignment]
 
 
 def _connect_through(model: type[Model], through: type[Model]) -> None:
@@ -332,7 +371,7 @@ def _publish(
     """Hand an event to its tier. Whatever goes wrong before SQL is sent must not break the save."""
     target = publication.using or using
     try:
-        tier = publication.delivery or conf.DELIVERY
+        tier = publication.tier(conf.DELIVERY)
         connection = postgres_connection(target)
     except UnsupportedDatabase as exc:
         if (publication.label, target) not in _unsupported:

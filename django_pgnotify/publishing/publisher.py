@@ -1,18 +1,20 @@
-"""``publish()`` and ``apublish()``: refuse bad input, encode, and hand to the tier."""
+"""``publish()`` and its kin: refuse bad input, encode, and hand to the tier."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from django.db import transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..conf import conf
+from ..durable.log import append
 from ..events import Delivery, Topic, check_delivery, check_topic, new_event_id
 from ..exceptions import InvalidArgument
-from ..wire import encode_event
+from ..wire import Outgoing, encode_event
 from . import background
 from .buffer import CommitBuffer, Noted, encoded, portions
 from .plain import ENCODER
@@ -35,7 +37,8 @@ def publish(
     Inside a transaction it leaves after the commit, and never after a rollback, of the whole or
     of the savepoint it was published in. A NOTIFY that then fails is logged and counted, because
     the commit stands; with ``delivery="atomic"`` the NOTIFY is part of the transaction and a
-    failure raises.
+    failure raises; with ``delivery="durable"`` the event is a row of the event log, written at
+    once in the transaction, where a failure raises too.
 
     Args:
         topic: name of the topic, or a :class:`Topic`.
@@ -52,24 +55,9 @@ def publish(
         InvalidTopic, InvalidDelivery, EventDataError, InvalidArgument: bad input.
         UnsupportedDatabase: ``using`` is not a PostgreSQL alias.
     """
-    if isinstance(topic, Topic):
-        name, delivery = topic.name, delivery or topic.delivery
-    else:
-        name = check_topic(topic)
-    if key is not None and (not isinstance(key, str) or not key):
-        raise InvalidArgument(f"key= takes a non-empty string; got {key!r}.")
-    tier = conf.DELIVERY if delivery is None else check_delivery(delivery)
-    connection = postgres_connection(conf.DATABASE if using is None else using)
+    name, tier, connection = _destination(topic, delivery, using)
     event_id = new_event_id()
-    event = encode_event(
-        name,
-        "published",
-        data=data,
-        at=time.time(),
-        encoder=ENCODER,
-        event_id=event_id,
-        key=key,
-    )
+    event = _encode(name, data, _check_key(key), event_id)
     deliver(event, tier, connection, connection.alias)
     return event_id
 
@@ -86,8 +74,94 @@ async def apublish(
     return await sync_to_async(publish)(topic, data, key=key, using=using, delivery=delivery)
 
 
+def publish_many(
+    topic: str | Topic,
+    items: Iterable[Any],
+    *,
+    key: str | Callable[[Any], str | None] | None = None,
+    using: str | None = None,
+    delivery: Delivery | None = None,
+) -> list[str]:
+    """Publish each of ``items`` on a topic, in order, in as few statements as fit.
+
+    All of it is checked before anything is sent. What :func:`publish` says of transactions holds
+    for each event; ``"durable"`` events are written to the log together, all of them or none.
+
+    Args:
+        topic: name of the topic, or a :class:`Topic`.
+        items: the ``data`` of the events, as for :func:`publish`.
+        key: the key of all of them, or a function of an item that returns its key or None.
+        using: database alias to publish on; default ``PGNOTIFY_DATABASE``.
+        delivery: tier; default that of the Topic, else ``PGNOTIFY_DELIVERY``.
+
+    Returns:
+        The ids of the events, in the order of the items.
+
+    Raises:
+        InvalidTopic, InvalidDelivery, EventDataError, InvalidArgument: bad input.
+        UnsupportedDatabase: ``using`` is not a PostgreSQL alias.
+    """
+    name, tier, connection = _destination(topic, delivery, using)
+    ids, events = [], []
+    for item in items:
+        own_key = _check_key(key(item) if callable(key) else key)
+        ids.append(new_event_id())
+        events.append(_encode(name, item, own_key, ids[-1]))
+    if events:
+        _deliver_many(events, tier, connection)
+    return ids
+
+
+async def apublish_many(
+    topic: str | Topic,
+    items: Iterable[Any],
+    *,
+    key: str | Callable[[Any], str | None] | None = None,
+    using: str | None = None,
+    delivery: Delivery | None = None,
+) -> list[str]:
+    """As :func:`publish_many`, from async code."""
+    return await sync_to_async(publish_many)(topic, items, key=key, using=using, delivery=delivery)
+
+
+def _destination(
+    topic: str | Topic, delivery: Delivery | None, using: str | None
+) -> tuple[str, Delivery, BaseDatabaseWrapper]:
+    """The checked name of a topic, the tier, and Django's connection to the database."""
+    if isinstance(topic, Topic):
+        name, delivery = topic.name, delivery or topic.delivery
+    else:
+        name = check_topic(topic)
+    tier = conf.DELIVERY if delivery is None else check_delivery(delivery)
+    return name, tier, postgres_connection(conf.DATABASE if using is None else using)
+
+
+def _check_key(key: object) -> str | None:
+    if key is not None and (not isinstance(key, str) or not key):
+        raise InvalidArgument(f"key= takes a non-empty string; got {key!r}.")
+    return key
+
+
+def _encode(topic: str, data: Any, key: str | None, event_id: str) -> Outgoing:
+    return encode_event(
+        topic,
+        "published",
+        data=data,
+        at=time.time(),
+        encoder=ENCODER,
+        event_id=event_id,
+        key=key,
+    )
+
+
 def deliver(event: Noted, tier: Delivery, connection: BaseDatabaseWrapper, using: str) -> None:
     """Send ``event`` on alias ``using`` as ``tier`` asks; ``connection`` has the transaction."""
+    if tier == "durable" and connection.alias == using:
+        logged = encoded([event])
+        if not logged:
+            return  # it cannot be carried, which has been reported
+        append(logged, using)
+        event = logged[0]
     if tier == "atomic" and connection.alias == using:
         send(encoded([event]), using)
     elif not connection.in_atomic_block and not _autocommit(connection):
@@ -95,6 +169,32 @@ def deliver(event: Noted, tier: Delivery, connection: BaseDatabaseWrapper, using
         send(encoded([event]), using)
     else:
         _buffer_of(connection).add(event, using)
+
+
+def _deliver_many(
+    events: Sequence[Outgoing], tier: Delivery, connection: BaseDatabaseWrapper
+) -> None:
+    """As :func:`deliver` for events published together."""
+    using = connection.alias
+    if tier == "durable" and outside_transaction(connection):
+        with transaction.atomic(using):
+            _deliver_many(events, tier, connection)
+        return
+    if tier == "durable":
+        append(events, using)
+    if tier == "atomic" or not (connection.in_atomic_block or _autocommit(connection)):
+        send(events, using)
+    elif connection.in_atomic_block:
+        buffer = _buffer_of(connection)
+        for event in events:
+            buffer.add(event, using)
+    else:
+        send_committed(events, using)
+
+
+def outside_transaction(connection: BaseDatabaseWrapper) -> bool:
+    """Whether each statement on ``connection`` commits by itself."""
+    return not connection.in_atomic_block and _autocommit(connection)
 
 
 def _autocommit(connection: BaseDatabaseWrapper) -> bool:

@@ -55,7 +55,7 @@ class NotifyTransport:
         ]
 
     def _notify(self, frames: list[tuple[str, str]], using: str) -> None:
-        notify(frames, _own_connection(using))
+        notify(frames, own_connection(using))
         publishing_stats.add("frames", len(frames))
 
 
@@ -69,7 +69,7 @@ def _packer(source: str, prefix: str, signing_on: bool) -> FramePacker:
     return FramePacker(source, prefix, signing.sign if signing_on else None)
 
 
-def _own_connection(using: str) -> BaseDatabaseWrapper:
+def own_connection(using: str) -> BaseDatabaseWrapper:
     """The Django connection of ``using``, made anew where it is one inherited through a fork.
 
     Two processes that talk on one socket get each other's answers.

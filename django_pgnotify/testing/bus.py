@@ -46,6 +46,9 @@ class InMemoryBus:
             ``receiver_failed``, as a listener does.
     """
 
+    keeps_log = False
+    """Durable events need no log here: they are delivered as all others are."""
+
     def __init__(self, *, raise_errors: bool = True) -> None:
         self.events: list[Event] = []
         self._raise_errors = raise_errors

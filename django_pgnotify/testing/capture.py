@@ -102,6 +102,7 @@ class _Recorder:
     def __init__(self, captured: CapturedEvents, transport: Transport) -> None:
         self._captured = captured
         self._transport = transport
+        self.keeps_log = getattr(transport, "keeps_log", True)
 
     def send(self, events: Sequence[Outgoing], using: str) -> None:
         self._transport.send(events, using)

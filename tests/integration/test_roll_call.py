@@ -241,7 +241,9 @@ def test_the_json_has_the_documented_shape() -> None:
     hear("jobs")
     with running_listener():
         answer = status("--json")
-    assert set(answer.json) == {"problem", "listeners", "queue_usage", "suspects"}
+    assert set(answer.json) == {
+        *("problem", "listeners", "consumers", "queue_usage", "suspects"),
+    }
     assert {
         *("node", "pid", "backend", "database", "role", "established", "established_since"),
         *("last_echo", "round_trip", "topics", "waiting", "running", "counts", "last_gap", "at"),

@@ -15,7 +15,7 @@ import sys
 import threading
 from typing import Any
 
-from django_pgnotify import Event, receiver
+from django_pgnotify import Event, Topic, receiver
 from tests.testapp.models import Order
 
 #: Set in the environment of a listener process by ``tests.processes.manage``.
@@ -76,6 +76,15 @@ if ENABLED:
         say("slow-async-started", event)
         await asyncio.to_thread(_drain, event.data["gate"])
         say("slow-async-done", event)
+
+
+if os.environ.get("PGNOTIFY_TEST_DURABLE"):
+
+    @receiver(Topic("ledger", "durable"), dispatch_uid="ledger", start="beginning")
+    def ledger(event: Event) -> None:
+        say("ledger", event, pid=os.getpid())
+        if isinstance(event.data, dict) and "gate" in event.data:
+            _drain(event.data["gate"])
 
 
 def _drain(gate: str) -> None:

@@ -226,3 +226,23 @@ def test_an_alias_that_looks_pooled_is_a_warning_for_the_listener(
     assert "PGNOTIFY_LISTEN_DATABASE" in str(message.hint)
     settings.PGNOTIFY_LISTEN_DATABASE = "other"
     assert found() == []
+
+
+@pytest.mark.parametrize(("limit", "fine"), [(10.0, False), (3600.0, True), (None, True)])
+def test_a_limit_below_the_retention_of_the_log_is_a_warning(
+    settings: Settings, limit: float | None, fine: bool
+) -> None:
+    settings.PGNOTIFY_LOG_RETENTION = 3600.0
+    settings.PGNOTIFY_LOG_LIMIT = limit
+    if fine:
+        assert found() == []
+    else:
+        assert "PGNOTIFY_LOG_LIMIT = 10 s" in only("pgnotify.W006").msg
+
+
+def test_a_durable_consumer_named_after_its_function_is_a_warning() -> None:
+    receiver("ledger", durable=True)(ignore)
+    assert ignore.__name__ in only("pgnotify.W007").msg
+    registry.remove(ignore)
+    receiver("ledger", durable=True, dispatch_uid="ledger")(ignore)
+    assert found() == []

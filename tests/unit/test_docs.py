@@ -25,7 +25,14 @@ from django_pgnotify import conf, exceptions, signals, testing
 from django_pgnotify.conf import SETTINGS
 from django_pgnotify.events import Event
 from django_pgnotify.forwarding import plain_event
-from django_pgnotify.management.commands import pglisten, pgnotify_status
+from django_pgnotify.management.commands import (
+    pglisten,
+    pgnotify_consumers,
+    pgnotify_deadletters,
+    pgnotify_prune,
+    pgnotify_replay,
+    pgnotify_status,
+)
 from django_pgnotify.registry import registry
 from tests.snippets import DOCS, INSTRUCTIONS, ROOT, Snippet, pages, snippets
 
@@ -190,7 +197,6 @@ def test_python_and_django_of_the_readme_are_those_of_the_package() -> None:
 def test_nothing_that_is_not_in_this_version_is_shown_in_code() -> None:
     for snippet in snippets():
         if snippet.language == "python":
-            assert "durable" not in snippet.text, snippet.place
             assert "NearCache" not in snippet.text, snippet.place
 
 
@@ -259,6 +265,7 @@ TYPES = {
     "_optional_text": "text or `None`",
     "_flag": "`True` or `False`",
     "_seconds": "seconds (number above 0)",
+    "_optional_seconds": "seconds (number above 0) or `None`",
     "_count": "whole number, at least 1",
     "_models": "dict of dicts",
     "check_delivery": " or ".join(f'`"{name}"`' for name in conf.DELIVERIES),
@@ -300,7 +307,14 @@ def test_the_options_of_a_model_are_listed() -> None:
 # -- commands -------------------------------------------------------------------------------------
 
 
-COMMANDS = {"pglisten": pglisten.Command, "pgnotify_status": pgnotify_status.Command}
+COMMANDS = {
+    "pglisten": pglisten.Command,
+    "pgnotify_consumers": pgnotify_consumers.Command,
+    "pgnotify_deadletters": pgnotify_deadletters.Command,
+    "pgnotify_prune": pgnotify_prune.Command,
+    "pgnotify_replay": pgnotify_replay.Command,
+    "pgnotify_status": pgnotify_status.Command,
+}
 
 
 def own_options(name: str) -> dict[str, argparse.Action]:

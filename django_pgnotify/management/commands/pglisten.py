@@ -123,7 +123,7 @@ class Command(BaseCommand):
         if options["once"]:
             waiting.cancel()
         if not drained:
-            running = service.dispatcher.running
+            running = service.dispatcher.running + len(service.durable.held)
             self._warn(f"gave up on {running} receiver(s) that did not finish in time")
             self.stdout.flush()
             # Their threads cannot be stopped, and a normal exit would wait for them.

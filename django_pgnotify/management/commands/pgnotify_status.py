@@ -9,11 +9,16 @@ import sys
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
+from django.db import ProgrammingError
 
 from django_pgnotify.conf import conf
+from django_pgnotify.consumers import consumers
+from django_pgnotify.durable.lag import Lag
 from django_pgnotify.exceptions import ListenError, UnsupportedDatabase
 from django_pgnotify.listening.roll_call import RollCall, call_the_roll
 from django_pgnotify.management.arguments import seconds
+from django_pgnotify.management.durable import as_dict, lines, table
+from django_pgnotify.models import Consumer
 from django_pgnotify.publishing.sender import check_alias
 
 WELL, NOT_WELL, UNREACHABLE = 0, 1, 2
@@ -51,18 +56,20 @@ class Command(BaseCommand):
             message = f"cannot listen on database {using!r}: {exc}"
             raise CommandError(message, returncode=UNREACHABLE) from exc
         problem = _problem(roll)
+        known = _consumers(conf.rows_database(using))
         if options["json"]:
-            self.stdout.write(json.dumps(_as_json(roll, problem), indent=2))
+            self.stdout.write(json.dumps(_as_json(roll, problem, known), indent=2))
         else:
-            self._print(roll, problem)
+            self._print(roll, problem, known)
         sys.exit(WELL if problem is None else NOT_WELL)
 
-    def _print(self, roll: RollCall, problem: str | None) -> None:
-        rows = [_HEADINGS, *map(_row, roll.listeners)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            self.stdout.write(line.rstrip())
+    def _print(
+        self, roll: RollCall, problem: str | None, known: list[tuple[Consumer, Lag]]
+    ) -> None:
+        for line in table([_HEADINGS, *map(_row, roll.listeners)]):
+            self.stdout.write(line)
+        for line in lines(known) if known else ():
+            self.stdout.write(line)
         self.stdout.write(f"notification queue: {roll.queue_usage:.1%} full")
         for suspect in roll.suspects:
             self.stdout.write(
@@ -128,10 +135,21 @@ def _problem(roll: RollCall) -> str | None:
     return None
 
 
-def _as_json(roll: RollCall, problem: str | None) -> dict[str, Any]:
+def _consumers(using: str) -> list[tuple[Consumer, Lag]]:
+    """The durable consumers; none where the tables have not been made yet."""
+    try:
+        return consumers(using)
+    except ProgrammingError:
+        return []
+
+
+def _as_json(
+    roll: RollCall, problem: str | None, known: list[tuple[Consumer, Lag]]
+) -> dict[str, Any]:
     return {
         "problem": problem,
         "listeners": roll.listeners,
+        "consumers": [as_dict(*one) for one in known],
         "queue_usage": roll.queue_usage,
         "suspects": [suspect._asdict() for suspect in roll.suspects],
     }

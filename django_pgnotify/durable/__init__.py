@@ -1,0 +1,1 @@
+"""Durable topics: the event log, and the cursors of those who read it."""

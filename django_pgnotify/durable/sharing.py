@@ -1,0 +1,229 @@
+"""Shares the durable consumers among the ``pglisten`` processes of a deployment.
+
+A process holds a consumer by a session advisory lock on a connection of its own, so a process that
+dies lets go of it at once, and another takes over. A second, shared lock on each consumer says
+"I could run it": counting those tells a process its fair share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psycopg
+from django.db import DatabaseError, InterfaceError, connections
+
+from ..backoff import Backoff
+from ..conf import conf
+from ..listening.connection import SERVER_KEEPALIVES, with_keepalives
+from ..listening.listener import connection_params
+from ..registry import Receiver, Subscription
+from ..stats import Stats
+from .shares import PATIENCE, decide
+from .state import register
+from .worker import Observe, Worker
+
+logger = logging.getLogger("django_pgnotify.durable")
+
+KEPT = 30.0
+"""Seconds for which a consumer that nobody else took is not offered to them again."""
+
+_OID = "SELECT 'pgnotify_consumer'::regclass::oid"
+_CANDIDATES = """
+    SELECT (classid::bigint << 32) | objid::bigint, count(DISTINCT pid) FROM pg_locks
+    WHERE locktype = 'advisory' AND objsubid = 1 AND granted
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    GROUP BY 1
+"""
+
+_TROUBLE = (psycopg.Error, DatabaseError, InterfaceError, OSError)
+
+
+class Consumers:
+    """The durable consumers that this process could run, and those that it does.
+
+    Args:
+        entries: the receivers with the streams they read from the log.
+        using: alias of the database that has the log.
+        locks: alias whose connection holds the locks: one that goes past a pooler.
+        stats: for the workers.
+        observe: told of what has been handled, on a worker's thread.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[Receiver, tuple[Subscription, ...]]],
+        *,
+        using: str,
+        locks: str,
+        stats: Stats,
+        observe: Observe | None = None,
+    ) -> None:
+        self._entries = {receiver.uid: (receiver, streams) for receiver, streams in entries}
+        self._using = using
+        self._locks = locks
+        self._stats = stats
+        self._observe = observe
+        self._guard = threading.Lock()
+        self._workers: dict[str, Worker] = {}
+        self._waited: dict[str, int] = {}
+        self._kept_until: dict[str, float] = {}
+        self._stopping = threading.Event()
+        self._registered: Callable[[], None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = threading.Thread(target=self._run, name="pgnotify-consumers", daemon=True)
+
+    # -- from the loop ------------------------------------------------------------------------
+
+    def start(self, registered: Callable[[], None]) -> None:
+        """Begin; ``registered`` is called on the loop once every consumer exists: what is
+        published from then on, it will get."""
+        self._registered = registered
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def wake(self, topics: frozenset[str] | None = None) -> None:
+        """There may be something new on these topics; None means on any."""
+        for worker in self._running():
+            if topics is None or not topics.isdisjoint(worker.topics):
+                worker.wake()
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._stopping.set()
+        for worker in self._running():
+            worker.stop()
+
+    async def close(self, timeout: float) -> bool:
+        """Let the event at hand finish, store the cursors; whether that was done in time."""
+        self.stop()
+        if self._thread.ident is None:
+            return True
+        await asyncio.to_thread(self._thread.join, timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def held(self) -> list[str]:
+        """The names of the consumers that this process runs."""
+        return sorted(worker.receiver.uid for worker in self._running())
+
+    def _running(self) -> list[Worker]:
+        with self._guard:
+            return list(self._workers.values())
+
+    # -- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pauses = Backoff(0.1, conf.RECONNECT_MAX_DELAY)
+        said = ""
+        while not self._stopping.is_set():
+            try:
+                self._share(pauses)
+            except _TROUBLE as exc:
+                cause = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+                if cause != said:
+                    logger.error("Durable consumers wait for the database: %s", cause)
+                said = cause
+            except Exception:
+                logger.exception("Durable consumers stumbled, and go on")
+            finally:
+                self._end_all()
+                connections.close_all()
+            self._stopping.wait(pauses.next())
+
+    def _share(self, pauses: Backoff) -> None:
+        for receiver, streams in self._entries.values():
+            topics = list(dict.fromkeys(one.topic for one in streams))
+            register(receiver.uid, topics, receiver.start, self._using)
+        connections[self._using].close()
+        params = {"application_name": "pglisten consumers", **connection_params(self._locks)}
+        with psycopg.connect(
+            **with_keepalives(params, conf.CONNECT_TIMEOUT), autocommit=True
+        ) as connection:
+            connection.execute(SERVER_KEEPALIVES)
+            [(table,)] = connection.execute(_OID)
+            keys = {name: _Keys(int(table), name) for name in self._entries}
+            for key in keys.values():
+                connection.execute("SELECT pg_advisory_lock_shared(%s)", [key.candidate])
+            if self._registered is not None:
+                self._loop.call_soon_threadsafe(self._registered)
+                self._registered = None
+            while not self._stopping.is_set():
+                self._look(connection, keys)
+                pauses.reset()
+                self._stopping.wait(conf.LEADER_POLL_INTERVAL)
+            # With the connection the locks are gone: nobody may take over before all is stored.
+            self._end_all()
+
+    def _look(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
+        self._bury(connection, keys)
+        counts = dict(connection.execute(_CANDIDATES).fetchall())
+        wanted = {name: counts.get(key.candidate, 1) for name, key in keys.items()}
+        held = {worker.receiver.uid for worker in self._running()}
+        take, let_go = decide(wanted, held, self._waited)
+        for name in let_go:
+            if time.monotonic() >= self._kept_until.get(name, 0.0):
+                self._workers[name].stop()
+                self._waited[name] = 0
+        for name in wanted.keys() - held:
+            self._waited[name] = self._waited.get(name, 0) + 1
+        for name in take:
+            [(taken,)] = connection.execute("SELECT pg_try_advisory_lock(%s)", [keys[name].holder])
+            if not taken:
+                self._waited[name] = 0
+                continue
+            if self._waited.get(name, 0) > PATIENCE:
+                self._kept_until[name] = time.monotonic() + KEPT
+            self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        receiver, streams = self._entries[name]
+        worker = Worker(
+            receiver,
+            streams,
+            using=self._using,
+            loop=self._loop,
+            stats=self._stats,
+            observe=self._observe,
+        )
+        logger.info("This process runs the consumer %s", name)
+        with self._guard:
+            self._workers[name] = worker
+        worker.start()
+
+    def _bury(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
+        """Free the locks of workers that have ended."""
+        for worker in self._running():
+            if not worker.alive:
+                name = worker.receiver.uid
+                connection.execute("SELECT pg_advisory_unlock(%s)", [keys[name].holder])
+                with self._guard:
+                    del self._workers[name]
+                logger.info("This process has let go of the consumer %s", name)
+
+    def _end_all(self) -> None:
+        workers = self._running()
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            worker.join()
+        with self._guard:
+            self._workers.clear()
+
+
+class _Keys:
+    """The two advisory locks of a consumer; the table's oid keeps schemas apart."""
+
+    def __init__(self, table: int, name: str) -> None:
+        self.holder = _number(f"holder:{table}:{name}")
+        self.candidate = _number(f"candidate:{table}:{name}")
+
+
+def _number(text: str) -> int:
+    digest = hashlib.blake2b(f"pgnotify:{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)

@@ -1,0 +1,390 @@
+"""Runs one durable consumer: sweep, call, store how far it has come; again.
+
+A thread of its own, with Django's connection to the database that has the log. Who may run it is
+settled by ``sharing``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+from django.db import DatabaseError, InterfaceError, OperationalError, connections
+
+from .. import signals
+from ..backoff import Backoff
+from ..conf import conf
+from ..events import Event
+from ..registry import Receiver, Subscription, describe
+from ..stats import Stats
+from ..wire import gap_event
+from .calls import Calls, Limits
+from .cursor import Cursor, LogReader, Page, TransactionIdsWentBack
+from .entries import Entry, prepare
+from .epoch import Epoch, current_epoch
+from .letters import run_letters
+from .log import storable
+from .state import Claim, ConsumerState, Control, CursorLost, Parked, register
+from .transactional import run_in_transactions
+
+logger = logging.getLogger("django_pgnotify.durable")
+
+SLICE = 0.25
+"""Seconds after which what has been handled is stored, at the latest after the event at hand."""
+
+RETRY_BASE = 0.5
+RETRY_CAP = 300.0
+"""Seconds: the pause before retry n is a random part of min(cap, base * 2**n)."""
+
+TROUBLE_CAP = 5.0
+"""Seconds that a pause after trouble with the database is at most."""
+
+Observe = Callable[[Sequence[Event]], None]
+
+
+class Worker:
+    """Runs one consumer in a thread; start it when its advisory lock is held.
+
+    Args:
+        receiver: the consumer, named by its ``uid``.
+        subscriptions: the streams it reads.
+        using: alias of the database that has the log.
+        loop: where an async receiver runs.
+        stats: ``handled``, ``failed`` and ``retried`` are counted here.
+        observe: told of what has been handled, on this thread.
+    """
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        subscriptions: Sequence[Subscription],
+        *,
+        using: str,
+        loop: asyncio.AbstractEventLoop,
+        stats: Stats,
+        observe: Observe | None = None,
+    ) -> None:
+        self.receiver = receiver
+        self.topics = tuple(dict.fromkeys(one.topic for one in subscriptions))
+        self.using = using
+        self.stats = stats
+        self.state = ConsumerState(receiver.uid, using)
+        self.calls = Calls(receiver, subscriptions, loop)
+        self.reader = LogReader(using, self.topics)
+        self.one_by_one = 0
+        """Events that are to have a transaction each, because one of them has failed."""
+        self._observe = observe
+        self._awake = threading.Event()
+        self._stopping = False
+        self._said = ""
+        self._letters_due: float | None = None
+        self._thread = threading.Thread(
+            target=self._run, name=f"pgnotify-consumer-{receiver.uid}", daemon=True
+        )
+
+    # -- from any thread ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wake(self) -> None:
+        """There may be something new."""
+        self._awake.set()
+
+    def stop(self) -> None:
+        """Finish the event at hand, store the cursor, and end."""
+        self._stopping = True
+        self._awake.set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    @property
+    def _halted(self) -> bool:
+        """Whether it is to begin nothing more now."""
+        return self._stopping or self.state.paused
+
+    # -- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pauses = Backoff(0.1, TROUBLE_CAP)
+        try:
+            while not self._stopping:
+                try:
+                    self._consume(pauses)
+                except CursorLost as exc:
+                    logger.info("Consumer %s begins anew: %s", self.receiver.uid, exc)
+                except (DatabaseError, InterfaceError) as exc:
+                    self._say(f"the database cannot be used: {str(exc).splitlines()[0:1]}")
+                except Exception:
+                    logger.exception("Consumer %s stumbled, and goes on", self.receiver.uid)
+                if not self._stopping:
+                    self._close_connection()
+                    self._awake.wait(pauses.next())
+            self._let_go()
+        finally:
+            self.calls.close()
+            connections.close_all()
+
+    def _consume(self, pauses: Backoff) -> None:
+        register(self.receiver.uid, self.topics, self.receiver.start, self.using)
+        claim = self.state.claim(conf.source)
+        self._check_epoch(claim)
+        self.reader.reset()
+        cursor = claim.cursor
+        while not self._stopping:
+            # Cleared before the look that it guards.
+            self._awake.clear()
+            control = self.state.control()
+            if control.paused or control.resync:
+                self._say(control.resync or "")
+            else:
+                self._tell_gap(control)
+                blocked = self._run_letters(control)
+                try:
+                    cursor = self._sweep(cursor, blocked)
+                    self._say("")
+                except TransactionIdsWentBack as exc:
+                    self.state.stop_for_resync(f"transaction ids went back: {exc}")
+            pauses.reset()
+            if not self._stopping:
+                self._awake.wait(self._pause())
+
+    def _pause(self) -> float:
+        """Seconds until it has to look again by itself."""
+        pause = conf.SWEEP_INTERVAL
+        if self._letters_due is not None:
+            pause = min(pause, max(self._letters_due - time.monotonic(), 0.0))
+        return pause
+
+    # -- the log ----------------------------------------------------------------------------
+
+    def _sweep(self, cursor: Cursor, blocked: set[str]) -> Cursor:
+        """Handle what is new, page by page, until a sweep is complete."""
+        while not self._halted:
+            under_way = cursor.target
+            page = self.reader.next_page(cursor)
+            if page.events:
+                cursor = self._handle(page, blocked)
+            else:
+                # Nothing new is not worth a write: the stored cursor says the same.
+                if under_way:
+                    self.state.move(page.end, 0)
+                cursor = page.end
+            if not cursor.target and not under_way:
+                break  # of a sweep that began long ago, what came since is to be read now
+        return cursor
+
+    def _handle(self, page: Page, blocked: set[str]) -> Cursor:
+        """Handle a page, slice by slice; returns the cursor that has been stored."""
+        waiting = [prepare(logged, self.reader.body(logged), self.using) for logged in page.events]
+        cursor = page.begin
+        while waiting and not self._halted:
+            if self.receiver.transactional:
+                done, parked = run_in_transactions(self, page, waiting, blocked)
+            else:
+                done, parked = self._run_slice(waiting, blocked)
+                self._store(page.after(waiting[done - 1].logged), done - len(parked), parked)
+            if done:
+                cursor = page.after(waiting[done - 1].logged)
+                self._note_done(waiting[:done], parked)
+                del waiting[:done]
+        return cursor
+
+    def _run_slice(self, waiting: Sequence[Entry], blocked: set[str]) -> tuple[int, list[Parked]]:
+        """Handle the first of those that wait; returns how many, and which of them are parked."""
+        ready: list[Event] = []
+        for one in waiting:
+            if one.event is None:
+                break
+            ready.append(one.event)
+        if not ready:
+            return 1, [self.unusable(waiting[0])]
+        limits = Limits(time.monotonic() + SLICE, lambda: self._stopping)
+        outcomes = self.calls.run(ready, blocked, limits)
+        parked = []
+        for place, (one, outcome) in enumerate(zip(waiting, outcomes, strict=False)):
+            if outcome == "behind":
+                parked.append(self.behind(one))
+            elif isinstance(outcome, BaseException):
+                try:
+                    parked.append(self.failed(one, outcome))
+                except (DatabaseError, InterfaceError):
+                    if not place:
+                        raise
+                    return place, parked
+        return len(outcomes), parked
+
+    def _store(self, cursor: Cursor, handled: int, parked: Sequence[Parked]) -> None:
+        """Store a cursor; over a new connection where the old one has been lost meanwhile.
+
+        What is stored is stored again then, if it had been; handling it again would be worse.
+        """
+        try:
+            self.state.move(cursor, handled, parked)
+        except (OperationalError, InterfaceError):
+            self._close_connection()
+            self.state.move(cursor, handled, parked)
+
+    def _note_done(self, done: Sequence[Entry], parked: Sequence[Parked]) -> None:
+        if parked:
+            self._letters_due = 0.0  # a look at the letters says when
+        self.stats.add("handled", len(done) - len(parked))
+        aside = {one.event.id for one in parked}
+        self.observe([one.event for one in done if one.event and one.logged.id not in aside])
+
+    def observe(self, events: Sequence[Event]) -> None:
+        """These have been handled."""
+        if self._observe is not None and events:
+            self._observe(events)
+
+    # -- failures -----------------------------------------------------------------------------
+
+    def failed(self, one: Entry, exc: BaseException, attempts: int = 1) -> Parked:
+        """What becomes of an event that failed.
+
+        Raises:
+            django.db.Error: it failed because the database is away, which is not its fault.
+        """
+        if isinstance(exc, (DatabaseError, InterfaceError)):
+            with connections[self.using].cursor() as cursor:
+                cursor.execute("SELECT 1")
+        will_retry = attempts <= self.receiver.retries
+        self.stats.add("retried" if will_retry else "failed")
+        event = one.event
+        logger.error(
+            "Consumer %s failed on event %s (%d of the log, topic %r), attempt %d%s",
+            describe(self.receiver.func),
+            event.id if event is not None else "?",
+            one.logged.id,
+            one.logged.topic,
+            attempts,
+            ", will retry" if will_retry else ", kept as a dead letter",
+            exc_info=exc,
+            extra={"receiver": self.receiver.uid, "topic": one.logged.topic},
+        )
+        signals.receiver_failed.send_robust(
+            self.receiver.func,
+            event=event,
+            exception=exc,
+            attempt=attempts,
+            will_retry=will_retry,
+        )
+        error = storable("".join(traceback.format_exception(exc))) or ""
+        retry_in = retry_pause(attempts) if will_retry else None
+        return Parked(one.logged, one.key, one.body, attempts, retry_in, error)
+
+    def unusable(self, one: Entry) -> Parked:
+        """What becomes of an event that no receiver can be given."""
+        self.stats.add("broken")
+        logger.error(
+            "Consumer %s cannot be given event %d of the log: %s",
+            self.receiver.uid,
+            one.logged.id,
+            one.problem,
+        )
+        return Parked(one.logged, None, one.body, 1, None, one.problem)
+
+    def behind(self, one: Entry) -> Parked:
+        """What becomes of an event whose key waits for an earlier one to be tried again."""
+        return Parked(one.logged, one.key, one.body, 0, 0.0, "")
+
+    # -- letters --------------------------------------------------------------------------------
+
+    def _run_letters(self, control: Control) -> set[str]:
+        """Try again what is due, by key in order; returns the keys that still wait."""
+        self._letters_due = None
+        if not control.has_letters:
+            return set()
+        run_letters(self, time.monotonic() + SLICE)
+        next_in = self.state.next_letter_in()
+        control = self.state.control()
+        if next_in is not None:
+            self._letters_due = time.monotonic() + next_in
+        if self.state.letters(1):
+            self._letters_due = 0.0
+        return set(control.waiting_keys)
+
+    # -- gaps and epochs ------------------------------------------------------------------------
+
+    def _check_epoch(self, claim: Claim) -> None:
+        now, then = current_epoch(self.using), Epoch.parse(claim.epoch)
+        cause = then.foreign_to(now)
+        if cause is not None:
+            self.state.stop_for_resync(cause)
+        elif then.timeline_changed(now):
+            self.state.note_gap(
+                f"the server's timeline is {now.timeline} and was {then.timeline}: it was "
+                f"promoted, or restored to a point in time",
+                str(now),
+            )
+
+    def _tell_gap(self, control: Control) -> None:
+        if not control.gap_cause:
+            return
+        logger.error(
+            "Consumer %s may have missed events from %s to %s: %s",
+            self.receiver.uid,
+            control.gap_since,
+            control.gap_until,
+            control.gap_cause,
+        )
+        self.stats.add("gaps")
+        until = control.gap_until or datetime.now(UTC)
+        if self.receiver.on_gap:
+            for topic in self.topics:
+                gap = gap_event(
+                    topic,
+                    since=control.gap_since,
+                    until=until,
+                    cause=control.gap_cause,
+                    using=self.using,
+                )
+                try:
+                    self.calls.call(gap)
+                except Exception as exc:
+                    logger.exception("Consumer %s failed on a gap", self.receiver.uid)
+                    signals.receiver_failed.send_robust(
+                        self.receiver.func, event=gap, exception=exc, attempt=1, will_retry=False
+                    )
+        self.state.gap_told()
+
+    # -- the rest -------------------------------------------------------------------------------
+
+    def _say(self, problem: str) -> None:
+        """Log what keeps it from working, once."""
+        if problem and problem != self._said:
+            logger.error("Consumer %s waits: %s", self.receiver.uid, problem)
+        self._said = problem
+
+    def _let_go(self) -> None:
+        try:
+            self.state.let_go()
+        except (DatabaseError, InterfaceError) as exc:
+            logger.info("Consumer %s could not say that it ends: %s", self.receiver.uid, exc)
+
+    def _close_connection(self) -> None:
+        try:
+            connections[self.using].close()
+        except (DatabaseError, InterfaceError):
+            logger.debug("Consumer %s: its connection was closed already", self.receiver.uid)
+
+
+def retry_pause(attempts: int) -> float:
+    """Seconds before the next attempt, after ``attempts`` of them."""
+    pauses = Backoff(RETRY_BASE, RETRY_CAP)
+    pauses.attempts = attempts - 1
+    return pauses.next()

@@ -1,0 +1,94 @@
+"""What the commands of durable topics have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from django.core.management.base import CommandError
+from django.utils import timezone
+from django.utils.dateparse import parse_datetime
+
+from django_pgnotify.conf import conf
+from django_pgnotify.consumers import state_of
+from django_pgnotify.durable.lag import Lag
+from django_pgnotify.exceptions import UnsupportedDatabase
+from django_pgnotify.models import Consumer
+from django_pgnotify.publishing.sender import check_alias
+
+
+def add_database(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--database",
+        metavar="ALIAS",
+        help="database alias that has the log (default: PGNOTIFY_DATABASE)",
+    )
+
+
+def database(alias: str | None) -> str:
+    """The alias given, or the default; CommandError where it is not PostgreSQL."""
+    try:
+        return check_alias(alias or conf.DATABASE)
+    except UnsupportedDatabase as exc:
+        raise CommandError(str(exc)) from exc
+
+
+def moment(text: str) -> datetime:
+    """A point in time, as ISO 8601; without a zone it is in the project's TIME_ZONE."""
+    try:
+        value = parse_datetime(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r}: {exc}") from exc
+    if value is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time such as 2025-01-31T12:00:00+00:00"
+        )
+    return value if timezone.is_aware(value) else timezone.make_aware(value)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns that stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def lines(known: Sequence[tuple[Consumer, Lag]]) -> list[str]:
+    """The table of consumers."""
+    rows = [("CONSUMER", "STATE", "EVENTS BEHIND", "SECONDS", "DEAD LETTERS", "HANDLED", "HOLDER")]
+    for one, lag in known:
+        rows.append(
+            (
+                one.name,
+                state_of(one),
+                f"{lag.events}{'+' if lag.more else ''}",
+                f"{lag.seconds:.1f}",
+                str(one.dead_letters.filter(retry_at=None).count()),
+                str(one.handled),
+                one.holder or "-",
+            )
+        )
+    return table(rows)
+
+
+def as_dict(one: Consumer, lag: Lag) -> dict[str, Any]:
+    """A consumer as plain values."""
+    return {
+        "name": one.name,
+        "topics": one.topics,
+        "state": state_of(one),
+        "paused": one.paused,
+        "resync": one.resync,
+        "events_behind": lag.events,
+        "more_behind": lag.more,
+        "seconds_behind": lag.seconds,
+        "dead_letters": one.dead_letters.filter(retry_at=None).count(),
+        "waiting_letters": one.dead_letters.exclude(retry_at=None).count(),
+        "handled": one.handled,
+        "lost": one.gap_events,
+        "holder": one.holder,
+    }

@@ -1,0 +1,391 @@
+"""When a durable consumer fails: retries, dead letters, transactions, and keys that go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import connection, transaction
+
+from django_pgnotify import Event, consumers, publish, publish_many
+from django_pgnotify.durable import worker
+from django_pgnotify.durable.state import ConsumerState, CursorLost
+from django_pgnotify.registry import Registry, registry
+from django_pgnotify.testing import running_listener
+from tests.integration.durable import (
+    LEDGER,
+    Picky,
+    consume,
+    letters,
+    other_session,
+    register,
+    stored,
+    until,
+    wake,
+    write,
+)
+from tests.integration.recording import Gate, Recorder, failures, query, stats
+from tests.testapp.models import Sku, Tag
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(autouse=True)
+def _registry(settings: Any) -> Iterator[Registry]:
+    settings.PGNOTIFY_LEADER_POLL_INTERVAL = 0.05
+    with registry.isolated() as isolated:
+        yield isolated
+
+
+@pytest.fixture
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "RETRY_BASE", 0.01)
+
+
+# -- retries and dead letters -------------------------------------------------------------------
+
+
+def test_an_event_that_fails_becomes_a_dead_letter_and_holds_nobody_up() -> None:
+    picky = Picky([2])
+    consume(picky)
+    with running_listener(), failures() as told:
+        publish_many(LEDGER, [1, 2, 3], key="same")
+        picky.wait_for(2)
+        until(lambda: stored().handled == 2)
+    assert picky.data == [1, 3]
+    [letter] = letters()
+    assert (letter.attempts, letter.retry_at, letter.key) == (1, None, "same")
+    assert "ValueError: cannot take 2" in letter.error
+    assert "Traceback" in letter.error
+    [failure] = told
+    assert (failure["attempt"], failure["will_retry"]) == (1, False)
+    assert failure["event"].data == 2
+    assert stored().handled == 2
+
+
+@pytest.mark.usefixtures("_soon")
+def test_retries_are_used_up_before_an_event_is_given_up() -> None:
+    picky = Picky(["bad"])
+    consume(picky, retries=3)
+    with running_listener() as listener, failures() as told:
+        publish(LEDGER, "bad", key="k")
+        picky.attempts.wait_for(4)
+        publish(LEDGER, "good", key="k")
+        picky.wait_for(1)
+        assert stats(listener)["failed"] == 1
+    assert [failure["attempt"] for failure in told] == [1, 2, 3, 4]
+    assert [failure["will_retry"] for failure in told] == [True, True, True, False]
+    [letter] = letters()
+    assert (letter.attempts, letter.retry_at) == (4, None)
+
+
+@pytest.mark.usefixtures("_soon")
+def test_while_an_event_waits_its_key_waits_in_order_and_other_keys_go_on() -> None:
+    picky = Picky([1])
+    consume(picky, retries=1000)
+    with running_listener():
+        publish_many(LEDGER, [1, 2, 3], key="a")
+        publish_many(LEDGER, [10, 20, 30], key="b")
+        picky.wait_for(3)
+        assert picky.data == [10, 20, 30]
+        publish(LEDGER, 4, key="a")
+        publish(LEDGER, 40, key="b")
+        picky.wait_for(4)
+        picky.bad.clear()
+        picky.wait_for(8)
+        assert [event.data for event in picky.events if event.key == "a"] == [1, 2, 3, 4]
+        publish(LEDGER, 5, key="a")
+        picky.wait_for(9)
+    assert letters() == []
+    assert picky.data[-1] == 5
+
+
+@pytest.mark.usefixtures("_soon")
+def test_what_waits_to_be_tried_again_survives_the_process() -> None:
+    picky = Picky([1])
+    consume(picky, retries=1_000_000)
+    with running_listener():
+        publish_many(LEDGER, [1, 2], key="a")
+        picky.attempts.wait_for(2)
+    assert [letter.retry_at is None for letter in letters()] == [False, False]
+    picky.bad.clear()
+    with running_listener():
+        picky.wait_for(2)
+    assert picky.data == [1, 2]
+    assert letters() == []
+
+
+def test_pauses_between_retries_grow_with_jitter_up_to_a_limit() -> None:
+    assert all(0 <= worker.retry_pause(1) <= 0.5 for _ in range(50))
+    assert all(0 <= worker.retry_pause(100) <= 300 for _ in range(50))
+    assert max(worker.retry_pause(8) for _ in range(200)) > 10
+    assert len({worker.retry_pause(5) for _ in range(50)}) > 40
+
+
+def test_requeued_letters_are_tried_again_and_discarded_ones_are_gone() -> None:
+    picky = Picky([1, 2, 3])
+    consume(picky)
+    with running_listener():
+        publish_many(LEDGER, [1, 2, 3])
+        publish(LEDGER, "end")
+        until(lambda: stored().handled == 1)
+        picky.bad.remove(1)
+        first = consumers.dead_letters("ledger").filter(body__contains='"data":1')
+        assert consumers.requeue(first) == 1
+        picky.wait_for(2)
+        assert picky.data == ["end", 1]
+    assert consumers.discard(consumers.dead_letters()) == 2
+    assert letters() == []
+
+
+def test_an_event_that_is_none_becomes_a_dead_letter_and_the_next_is_handled() -> None:
+    heard = Recorder()
+    consume(heard)
+    with running_listener(), other_session() as other:
+        for body in ("no json", '{"model": "no.such", "pk": 1, "action": "created"}'):
+            other.execute(
+                "INSERT INTO pgnotify_event_log (topic, source, body)"
+                " VALUES ('ledger', 'psql', %s)",
+                [body],
+            )
+        write(other, '"good"')
+        other.commit()
+        wake()
+        heard.wait_for(1)
+    assert heard.data == ["good"]
+    assert [letter.retry_at for letter in letters()] == [None, None]
+    assert "model that does not exist" in letters()[1].error
+
+
+@pytest.mark.usefixtures("_soon")
+def test_what_postgresql_cannot_store_of_a_failure_does_not_stop_the_consumer() -> None:
+    heard = Recorder()
+
+    def work(event: Event) -> None:
+        if event.data == "bad" and len(heard.events) < 1:
+            raise ValueError("NUL \x00 and a surrogate \ud800")
+        heard(event)
+
+    consume(work, retries=1_000_000)
+    with running_listener():
+        publish_many(LEDGER, ["bad", "behind"], key="a\x00b")
+        until(lambda: len(letters()) == 2)
+        assert "NUL \ufffd and" in letters()[0].error
+        publish(LEDGER, "other", key="c")
+        heard.wait_for(3)
+    assert heard.data == ["other", "bad", "behind"]
+    assert [event.key for event in heard.events] == ["c", "a\x00b", "a\x00b"]
+
+
+def test_a_receiver_that_exits_is_a_receiver_that_failed() -> None:
+    heard = Recorder()
+
+    def leave(event: Event) -> None:
+        if event.data == "exit":
+            raise SystemExit(3)
+        heard(event)
+
+    consume(leave)
+    with running_listener():
+        publish_many(LEDGER, ["exit", "stay"])
+        heard.wait_for(1)
+    assert "SystemExit" in letters()[0].error
+
+
+def test_an_async_receiver_that_takes_too_long_or_is_cancelled_has_failed() -> None:
+    heard = Recorder()
+
+    async def slow(event: Event) -> None:
+        if event.data == "slow":
+            await asyncio.sleep(3600)
+        if event.data == "cancelled":
+            raise asyncio.CancelledError
+        heard(event)
+
+    consume(slow, timeout=0.05)
+    with running_listener():
+        publish_many(LEDGER, ["slow", "cancelled", "quick"])
+        heard.wait_for(1)
+    assert [letter.error.strip().splitlines()[-1].split(":")[0] for letter in letters()] == [
+        "TimeoutError",
+        "asyncio.exceptions.CancelledError",
+    ]
+
+
+# -- the database goes away -----------------------------------------------------------------------
+
+
+def test_an_event_whose_connection_was_ended_is_handled_again_and_not_given_up() -> None:
+    heard, killed = Recorder(), Recorder()
+
+    def work(event: Event) -> None:
+        if event.data == "broken" and not killed.events:
+            killed(event)
+            [(pid,)] = query("SELECT pg_backend_pid()")
+            with other_session() as other:
+                other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+            query("SELECT 1")
+        heard(event)
+
+    consume(work)
+    with running_listener():
+        publish_many(LEDGER, ["first", "broken", "last"])
+        heard.wait_until(lambda events: any(event.data == "last" for event in events))
+    assert letters() == []
+    assert [data for data in heard.data if data != "first"] == ["broken", "last"]
+
+
+# -- transactional --------------------------------------------------------------------------------
+
+
+def test_the_work_of_a_transactional_consumer_and_its_cursor_are_one_transaction() -> None:
+    def count(event: Event) -> None:
+        Sku.objects.create(code=event.data)
+        assert connection.in_atomic_block
+
+    consume(count, transactional=True)
+    register()
+    publish_many(LEDGER, [f"sku {n}" for n in range(250)])
+    done = Recorder()
+    consume(done, "done")
+    with running_listener():
+        publish(LEDGER, "the end")
+        done.wait_for(1)
+        until(lambda: Sku.objects.count() == 251)
+    rows = query("SELECT count(*), count(DISTINCT xmin::text) FROM testapp_sku")
+    [(count_of_rows, transactions)] = rows
+    assert count_of_rows == 251
+    assert 3 <= transactions <= 60  # several events share one, none is torn apart
+
+
+def test_what_a_transactional_consumer_did_before_it_failed_is_undone_and_the_rest_kept() -> None:
+    def work(event: Event) -> None:
+        Tag.objects.create(name=str(event.data))
+        if event.data == 3:
+            raise ValueError("after the work")
+
+    consume(work, transactional=True)
+    with running_listener(), failures() as told:
+        publish_many(LEDGER, range(6))
+        until(lambda: Tag.objects.count() == 5)
+    assert sorted(Tag.objects.values_list("name", flat=True)) == ["0", "1", "2", "4", "5"]
+    assert [failure["event"].data for failure in told] == [3]
+    assert [letter.error.strip().endswith("after the work") for letter in letters()] == [True]
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_transactional_consumer_tries_again_and_keeps_the_order_of_the_key() -> None:
+    bad = {2}
+
+    def work(event: Event) -> None:
+        Tag.objects.create(name=f"{event.key} {event.data}")
+        if event.data in bad:
+            raise ValueError
+
+    consume(work, transactional=True, retries=1_000_000)
+    with running_listener():
+        publish_many(LEDGER, [1, 2, 3], key="a")
+        publish_many(LEDGER, [4, 5], key="b")
+        until(lambda: Tag.objects.filter(name="b 5").exists())
+        until(lambda: len(letters()) == 2)
+        bad.clear()
+        until(lambda: Tag.objects.count() == 5)
+    order = list(Tag.objects.order_by("id").values_list("name", flat=True))
+    assert [name for name in order if name[0] == "a"] == ["a 1", "a 2", "a 3"]
+    assert letters() == []
+
+
+def test_a_swallowed_database_error_in_a_transaction_is_a_failure_of_that_event_alone() -> None:
+    def work(event: Event) -> None:
+        Tag.objects.create(name=str(event.data))
+        if event.data == 1:
+            try:
+                Tag.objects.create(name="1")
+            except Exception:  # noqa: BLE001, S110 - what users do
+                pass
+
+    consume(work, transactional=True)
+    with running_listener():
+        publish_many(LEDGER, range(4))
+        until(lambda: Tag.objects.count() == 3)
+    assert [letter.body.count('"data":1') for letter in letters()] == [1]
+
+
+def test_a_commit_hook_that_fails_does_not_have_its_event_handled_twice() -> None:
+    calls = Recorder()
+
+    def work(event: Event) -> None:
+        calls(event)
+        if event.data == 1:
+            transaction.on_commit(_fail)
+
+    consume(work, transactional=True)
+    with running_listener():
+        publish_many(LEDGER, range(3))
+        calls.wait_until(lambda events: any(event.data == 2 for event in events))
+        until(lambda: stored().handled == 3)
+    assert sorted(calls.data) == [0, 1, 2]
+    assert letters() == []
+
+
+def _fail() -> None:
+    raise RuntimeError("in a commit hook")
+
+
+def test_a_deadlock_is_tried_again_at_once() -> None:
+    attempts = Recorder()
+
+    def work(event: Event) -> None:
+        attempts(event)
+        Tag.objects.create(name=f"{event.data} {len(attempts.events)}")
+        if len(attempts.events) < 4:
+            with connection.cursor() as cursor:
+                cursor.execute("DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40P01'; END $$")
+
+    consume(work, transactional=True)
+    with running_listener(), failures() as told:
+        publish(LEDGER, "x")
+        until(lambda: stored().handled == 1)
+    assert told == []
+    assert letters() == []
+    assert Tag.objects.count() == 1
+
+
+# -- whoever lost the consumer must not write -----------------------------------------------------
+
+
+def test_a_process_that_was_replaced_cannot_move_the_cursor() -> None:
+    consume(Recorder())
+    register()
+    old, new = ConsumerState("ledger", "default"), ConsumerState("ledger", "default")
+    place = old.claim("old:1").cursor
+    old.move(place, 0)
+    new.claim("new:1")
+    with pytest.raises(CursorLost):
+        old.move(place, 0)
+    with pytest.raises(CursorLost):
+        old.control()
+    with pytest.raises(CursorLost):
+        old.settle([1])
+    new.move(place, 1)
+    assert stored().handled == 1
+    assert stored().holder == "new:1"
+
+
+def test_work_done_by_a_transactional_consumer_that_was_replaced_meanwhile_is_undone() -> None:
+    with Gate() as gate:
+
+        def work(event: Event) -> None:
+            Tag.objects.create(name=f"{event.data} {gate.inside}")
+            gate.pass_through()
+
+        consume(work, transactional=True)
+        with running_listener():
+            publish(LEDGER, "x")
+            gate.wait_for(1)
+            ConsumerState("ledger", "default").claim("somebody else:1")
+            gate.open()
+            until(lambda: stored().handled == 1)
+    assert Tag.objects.count() == 1

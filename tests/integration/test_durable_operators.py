@@ -1,0 +1,565 @@
+"""What an operator does: pause, reset, replay, prune, resync; by functions, commands, admin."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from io import StringIO
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.core.management import CommandError, call_command
+from django.test import Client
+from django.urls import reverse
+from django.utils import timezone
+
+from django_pgnotify import Event, Topic, consumers, publish, publish_many, receiver
+from django_pgnotify.durable import retention
+from django_pgnotify.durable.lag import lag_of
+from django_pgnotify.durable.retention import LogPruner
+from django_pgnotify.exceptions import InvalidArgument, UnknownConsumer
+from django_pgnotify.models import Consumer, LoggedEvent
+from django_pgnotify.registry import Registry, registry
+from django_pgnotify.testing import running_listener
+from tests.integration.durable import LEDGER, Picky, consume, letters, register, stored, until
+from tests.integration.recording import Gate, Recorder, query
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(autouse=True)
+def _registry(settings: Any) -> Iterator[Registry]:
+    settings.PGNOTIFY_LEADER_POLL_INTERVAL = 0.05
+    with registry.isolated() as isolated:
+        yield isolated
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    heard = Recorder()
+    consume(heard)
+    return heard
+
+
+def command(name: str, *args: str) -> str:
+    out = StringIO()
+    call_command(name, *args, stdout=out)
+    return out.getvalue()
+
+
+def age(hours: float, **filters: Any) -> None:
+    """Make events that many hours older."""
+    rows = LoggedEvent.objects.filter(**filters)
+    rows.update(created_at=timezone.now() - timedelta(hours=hours))
+
+
+# -- pause, resume, reset, delete -----------------------------------------------------------------
+
+
+def test_a_paused_consumer_gets_nothing_until_it_is_resumed(recorder: Recorder) -> None:
+    with running_listener():
+        publish(LEDGER, 1)
+        recorder.wait_for(1)
+        other = Recorder()
+        consume(other, "witness")
+    with running_listener():
+        assert "paused" in command("pgnotify_consumers", "--pause", "ledger")
+        publish(LEDGER, 2)
+        other.wait_for(1)
+        assert recorder.data == [1]
+        command("pgnotify_consumers", "--resume", "ledger")
+        recorder.wait_for(2)
+    assert recorder.data == [1, 2]
+
+
+def test_a_pause_in_the_middle_keeps_the_place_and_repeats_nothing(recorder: Recorder) -> None:
+    with Gate() as gate:
+        registry.remove(recorder)
+
+        def slow(event: Event) -> None:
+            if event.data == 2:
+                gate.pass_through()
+            recorder(event)
+
+        consume(slow)
+        with running_listener():
+            publish_many(LEDGER, range(6))
+            gate.wait_for(1)
+            consumers.pause("ledger")
+            gate.open()
+            until(lambda: stored().handled >= 3)
+            consumers.resume("ledger")
+            recorder.wait_for(6)
+    assert recorder.data == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_reset_to_now_skips_and_one_to_the_beginning_repeats(recorder: Recorder) -> None:
+    with running_listener():
+        publish_many(LEDGER, [1, 2])
+        recorder.wait_for(2)
+        consumers.reset("ledger", "beginning")
+        recorder.wait_for(4)
+    assert recorder.data == [1, 2, 1, 2]
+    publish(LEDGER, "skipped")
+    consumers.reset("ledger", "now")
+    with running_listener():
+        publish(LEDGER, 3)
+        recorder.wait_for(5)
+    assert recorder.data[4:] == [3]
+
+
+def test_a_reset_to_a_time_repeats_what_was_published_from_then_on(recorder: Recorder) -> None:
+    register()
+    publish_many(LEDGER, range(5))
+    age(2, id__in=list(LoggedEvent.objects.order_by("id").values_list("id", flat=True)[:3]))
+    with running_listener():
+        recorder.wait_for(5)
+        consumers.reset("ledger", timezone.now() - timedelta(hours=1))
+        recorder.wait_for(7)
+        publish(LEDGER, "new")
+        recorder.wait_for(8)
+    assert recorder.data == [0, 1, 2, 3, 4, 3, 4, "new"]
+    consumers.reset("ledger", timezone.now() + timedelta(hours=1))
+    publish(LEDGER, "later than the reset")
+    with running_listener():
+        recorder.wait_for(9)
+
+
+def test_a_place_that_is_none_is_refused(recorder: Recorder) -> None:
+    register()
+    for place in ("yesterday", datetime(2025, 1, 1), None, 7):
+        with pytest.raises(InvalidArgument, match="'now', 'beginning', 'continue'"):
+            consumers.reset("ledger", place)  # type: ignore[arg-type]
+    with pytest.raises(CommandError, match="go together"):
+        command("pgnotify_consumers", "--reset", "ledger")
+    with pytest.raises(CommandError, match="is not a time"):
+        command("pgnotify_consumers", "--reset", "ledger", "--to", "yesterday")
+
+
+def test_an_unknown_consumer_is_answered_with_those_that_there_are(recorder: Recorder) -> None:
+    register()
+    for act in (consumers.pause, consumers.resume, consumers.delete, consumers.replay):
+        with pytest.raises(UnknownConsumer, match="there are 'ledger'"):
+            act("leger")
+    with pytest.raises(CommandError, match="'leger'"):
+        command("pgnotify_consumers", "--pause", "leger")
+
+
+def test_a_deleted_consumer_that_still_runs_begins_anew(recorder: Recorder) -> None:
+    with running_listener():
+        publish(LEDGER, 1)
+        recorder.wait_for(1)
+        before = stored().pk
+        command("pgnotify_consumers", "--delete", "ledger")
+        until(lambda: Consumer.objects.exclude(pk=before).exists())
+        publish(LEDGER, 2)
+        recorder.wait_for(2)
+    assert recorder.data == [1, 2]
+
+
+# -- lag ----------------------------------------------------------------------------------------
+
+
+def test_the_lag_counts_what_was_not_handled_and_how_old_it_is(recorder: Recorder) -> None:
+    register()
+    assert (lag_of(stored()).events, lag_of(stored()).seconds) == (0, 0.0)
+    publish_many(LEDGER, range(25))
+    publish_many(Topic("other", "durable"), range(5))
+    age(1)
+    lag = lag_of(stored())
+    assert (lag.events, lag.more) == (25, False)
+    assert 3600 <= lag.seconds < 3700
+    assert lag_of(stored(), counted=10)[::2] == (10, True)
+    with running_listener():
+        recorder.wait_for(25)
+        until(lambda: lag_of(stored()).events == 0)
+
+
+def test_the_lag_in_the_middle_of_a_sweep_counts_the_rest_of_it(recorder: Recorder) -> None:
+    register()
+    publish_many(LEDGER, range(10))
+    ids = list(LoggedEvent.objects.order_by("id").values_list("id", flat=True))
+    [(now,)] = query("SELECT pg_current_snapshot()::text")
+    Consumer.objects.update(target=now, position=ids[3])
+    assert lag_of(stored()).events == 6
+    publish(LEDGER, "after the sweep began")
+    assert lag_of(stored()).events == 7
+
+
+def test_consumers_are_listed_with_their_lag_by_the_command_and_by_the_status(
+    recorder: Recorder,
+) -> None:
+    assert "no durable consumer" in command("pgnotify_consumers")
+    register()
+    publish_many(LEDGER, [1, 2, 3])
+    table = command("pgnotify_consumers")
+    heading, line = (row.split("  ") for row in table.strip().splitlines())
+    assert heading[0] == "CONSUMER"
+    assert line[0] == "ledger"
+    [described] = json.loads(command("pgnotify_consumers", "--json"))
+    assert described["events_behind"] == 3
+    assert (described["state"], described["topics"]) == ("not run", ["ledger"])
+    out = StringIO()
+    with pytest.raises(SystemExit):
+        call_command("pgnotify_status", "--json", "--timeout", "0", stdout=out)
+    assert [one["name"] for one in json.loads(out.getvalue())["consumers"]] == ["ledger"]
+    out = StringIO()
+    with pytest.raises(SystemExit):
+        call_command("pgnotify_status", "--timeout", "0", stdout=out)
+    assert "EVENTS BEHIND" in out.getvalue()
+
+
+# -- dead letters by command ----------------------------------------------------------------------
+
+
+def test_dead_letters_are_listed_requeued_and_discarded_by_the_command() -> None:
+    assert "no dead letter" in command("pgnotify_deadletters")
+    picky = Picky([1, 2, 3])
+    consume(picky)
+    with running_listener():
+        publish_many(LEDGER, [1, 2, 3], key="k")
+        until(lambda: len(letters()) == 3)
+        listed = command("pgnotify_deadletters", "--consumer", "ledger")
+        assert listed.count("ValueError: cannot take") == 3
+        first, second, _ = (str(letter.event_id) for letter in letters())
+        shown = command("pgnotify_deadletters", "--traceback-of", first)
+        assert "Traceback (most recent call last)" in shown
+        with pytest.raises(CommandError, match="Say which"):
+            command("pgnotify_deadletters", "--requeue")
+        with pytest.raises(CommandError, match="No dead letter is of event"):
+            command("pgnotify_deadletters", "--traceback-of", "987654")
+        picky.bad.clear()
+        assert command("pgnotify_deadletters", "--requeue", "--event", first).startswith("1 ")
+        picky.wait_for(1)
+        assert command("pgnotify_deadletters", "--discard", "--event", second).startswith("1 ")
+        assert command("pgnotify_deadletters", "--requeue", "--all").startswith("1 ")
+        picky.wait_for(2)
+        until(lambda: letters() == [])
+    assert picky.data == [1, 3]
+    with pytest.raises(CommandError, match="no durable consumer 'leger'"):
+        command("pgnotify_deadletters", "--consumer", "leger")
+
+
+# -- replay -------------------------------------------------------------------------------------
+
+
+def test_a_stretch_of_time_or_chosen_events_are_delivered_again_to_one_consumer(
+    recorder: Recorder,
+) -> None:
+    bystander = Recorder()
+    consume(bystander, "bystander")
+    with running_listener():
+        publish_many(LEDGER, range(6), key="k")
+        publish(Topic("other", "durable"), "of another topic")
+        recorder.wait_for(6)
+        bystander.wait_for(6)
+        ids = list(LoggedEvent.objects.order_by("id").values_list("id", flat=True))
+        age(2, id__in=ids[1:3])
+        hour = timedelta(hours=1)
+        now = timezone.now()
+        assert consumers.replay("ledger", since=now - 3 * hour, until=now - hour) == 2
+        recorder.wait_for(8)
+        printed = command(
+            *("pgnotify_replay", "ledger", "--event", str(ids[5]), "--event", str(ids[-1]))
+        )
+        assert printed == "ledger will get 1 event(s) again\n"
+        recorder.wait_for(9)
+        until(lambda: letters() == [])
+    assert recorder.data == [0, 1, 2, 3, 4, 5, 1, 2, 5]
+    assert bystander.data == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_replay_needs_to_be_told_which_events(recorder: Recorder) -> None:
+    register()
+    with pytest.raises(InvalidArgument, match="Say which events"):
+        consumers.replay("ledger")
+    with pytest.raises(InvalidArgument, match="aware"):
+        consumers.replay("ledger", since=datetime(2025, 1, 1))
+    with pytest.raises(CommandError, match="Say which events"):
+        command("pgnotify_replay", "ledger")
+
+
+def test_a_replay_of_more_than_one_statement_holds_keeps_the_order_of_keys(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers, "_ROWS", 7)
+    register()
+    consumers.reset("ledger", "now")
+    publish_many(LEDGER, range(40), key=lambda n: f"k{n % 2}")
+    consumers.reset("ledger", "now")
+    assert consumers.replay("ledger", since=datetime(2020, 1, 1, tzinfo=UTC)) == 40
+    publish(LEDGER, "later", key="k0")
+    with running_listener():
+        recorder.wait_for(41)
+        until(lambda: letters() == [])
+    assert [event.data for event in recorder.events if event.key == "k0"] == [
+        *range(0, 40, 2),
+        "later",
+    ]
+
+
+# -- retention ----------------------------------------------------------------------------------
+
+
+def test_what_everybody_has_passed_goes_after_the_retention_and_not_before(
+    recorder: Recorder, settings: Any
+) -> None:
+    settings.PGNOTIFY_LOG_RETENTION = 3600.0
+    with running_listener():
+        publish_many(LEDGER, range(5))
+        recorder.wait_for(5)
+        until(lambda: lag_of(stored()).events == 0)
+    assert command("pgnotify_prune") == "0 event(s) removed from the log\n"
+    age(2, id__in=list(LoggedEvent.objects.order_by("id").values_list("id", flat=True)[:3]))
+    assert command("pgnotify_prune") == "3 event(s) removed from the log\n"
+    assert LoggedEvent.objects.count() == 2
+
+
+def test_what_a_live_consumer_has_not_passed_is_kept_paused_or_not(
+    recorder: Recorder, settings: Any
+) -> None:
+    settings.PGNOTIFY_LOG_LIMIT = None
+    register()
+    publish_many(LEDGER, range(5))
+    publish_many(Topic("nobody's", "durable"), range(5))
+    age(24 * 365)
+    consumers.pause("ledger")
+    assert command("pgnotify_prune") == "5 event(s) removed from the log\n"
+    assert set(LoggedEvent.objects.values_list("topic", flat=True)) == {"ledger"}
+    consumers.resume("ledger")
+    with running_listener():
+        recorder.wait_for(5)
+        until(lambda: lag_of(stored()).events == 0)
+    assert command("pgnotify_prune") == "5 event(s) removed from the log\n"
+
+
+def test_the_part_of_a_sweep_that_is_done_may_go(recorder: Recorder) -> None:
+    register()
+    publish_many(LEDGER, range(10))
+    ids = list(LoggedEvent.objects.order_by("id").values_list("id", flat=True))
+    [(now,)] = query("SELECT pg_current_snapshot()::text")
+    Consumer.objects.update(target=now, position=ids[3])
+    age(24 * 8)
+    assert command("pgnotify_prune", "--limit", "8640000") == "4 event(s) removed from the log\n"
+
+
+def test_beyond_the_limit_events_go_and_the_consumer_is_told_of_the_gap() -> None:
+    heard = Recorder()
+    consume(heard, on_gap=True)
+    register()
+    publish_many(LEDGER, range(5))
+    age(24 * 31, id__in=list(LoggedEvent.objects.order_by("id").values_list("id", flat=True)[:3]))
+    assert command("pgnotify_prune") == "3 event(s) removed from the log\n"
+    with running_listener():
+        heard.wait_for(3)
+    gap, *rest = heard.events
+    assert gap.action == "gap"
+    assert "PGNOTIFY_LOG_LIMIT" in gap.data["cause"]
+    since = datetime.fromisoformat(gap.data["since"])
+    assert timedelta(days=30) < timezone.now() - since < timedelta(days=32)
+    assert [event.data for event in rest] == [3, 4]
+    assert (stored().gap_events, stored().gap_cause) == (3, "")
+
+
+def test_a_run_looks_at_a_bounded_number_of_rows_and_the_next_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retention, "BATCH", 10)
+    publish_many(LEDGER, range(100))
+    age(24 * 8)
+    pruner = LogPruner("default")
+    assert pruner.run(rows=25) == (25, 25, True)
+    assert pruner.run(rows=25) == (25, 25, True)
+    assert command("pgnotify_prune", "--max-rows", "10") == "10 event(s) removed from the log\n"
+    assert pruner.run() == (40, 40, False)
+    assert LoggedEvent.objects.count() == 0
+
+
+def test_a_slow_consumer_does_not_keep_the_events_of_other_topics(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "BATCH", 10)
+    register()
+    publish_many(LEDGER, range(30))
+    publish_many(Topic("nobody's", "durable"), range(30))
+    age(24 * 8)
+    pruner = LogPruner("default")
+    assert [pruner.run(rows=20).removed for _ in range(3)] == [0, 10, 20]
+
+
+def test_pglisten_prunes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("django_pgnotify.dispatching.service.PRUNE_INTERVAL", 0.05)
+    publish_many(LEDGER, range(10))
+    age(24 * 8)
+    consume(Recorder())
+    with running_listener():
+        until(lambda: not LoggedEvent.objects.exists())
+
+
+def test_a_receiver_that_hears_only_live_what_is_in_the_log_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("django_pgnotify.dispatching.service.PRUNE_INTERVAL", 0.02)
+    publish(LEDGER, 1)
+    receiver("ledger", dispatch_uid="by mistake")(Recorder())
+    receiver("ledger", dispatch_uid="on purpose", durable=False)(Recorder())
+    receiver("jobs", dispatch_uid="of another topic")(Recorder())
+    with running_listener():
+        until(lambda: "hear it live only" in caplog.text)
+    [message] = [r.getMessage() for r in caplog.records if "live only" in r.getMessage()]
+    assert "'ledger'" in message
+    assert "only: by mistake;" in message
+
+
+# -- restored and copied databases ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epoch", "cause"),
+    [("1/{database}/{timeline}", "system identifier"), ("{system}/1/{timeline}", "was copied")],
+)
+def test_in_another_database_a_consumer_waits_until_somebody_decides(
+    recorder: Recorder, epoch: str, cause: str
+) -> None:
+    register()
+    system, database, timeline = stored().epoch.split("/")
+    Consumer.objects.update(epoch=epoch.format(system=system, database=database, timeline=timeline))
+    publish(LEDGER, 1)
+    with running_listener():
+        until(lambda: cause in stored().resync)
+        assert cause in command("pgnotify_consumers")
+        assert recorder.events == []
+        command("pgnotify_consumers", "--reset", "ledger", "--to", "continue")
+        recorder.wait_for(1)
+        assert stored().resync == ""
+    assert recorder.data == [1]
+    with running_listener():
+        publish(LEDGER, 2)
+        recorder.wait_for(2)
+
+
+def test_transaction_ids_that_went_back_are_noticed_whatever_the_epoch_says(
+    recorder: Recorder,
+) -> None:
+    register()
+    Consumer.objects.update(snapshot="900000000000:900000000000:")
+    with running_listener():
+        until(lambda: "went back" in stored().resync)
+        command("pgnotify_consumers", "--reset", "ledger", "--to", "beginning")
+        publish(LEDGER, 1)
+        recorder.wait_for(1)
+
+
+def test_a_promoted_server_is_told_as_a_gap_and_delivery_goes_on() -> None:
+    heard = Recorder()
+    consume(heard, on_gap=True)
+    register()
+    Consumer.objects.update(epoch=stored().epoch.rpartition("/")[0] + "/000000FF")
+    publish(LEDGER, 1)
+    with running_listener():
+        heard.wait_for(2)
+    assert [event.action for event in heard.events] == ["gap", "published"]
+    assert "timeline" in heard.events[0].data["cause"]
+
+
+# -- consumers exist from migrate on --------------------------------------------------------------
+
+
+def test_migrate_registers_consumers_so_that_nothing_published_before_pglisten_is_missed() -> None:
+    heard = Recorder()
+    consume(heard)
+    call_command("migrate", "django_pgnotify", verbosity=0)
+    assert stored().topics == ["ledger"]
+    publish(LEDGER, "before the first pglisten")
+    with running_listener():
+        heard.wait_for(1)
+
+
+# -- the admin ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def admin() -> Client:
+    client = Client()
+    client.force_login(User.objects.create_superuser("admin"))
+    return client
+
+
+def page(admin: Client, model: str, **query_: str) -> str:
+    answer = admin.get(reverse(f"admin:django_pgnotify_{model}_changelist"), query_)
+    assert answer.status_code == 200
+    return answer.content.decode()
+
+
+def act(admin: Client, model: str, action: str, *pks: int) -> None:
+    answer = admin.post(
+        reverse(f"admin:django_pgnotify_{model}_changelist"),
+        {"action": action, "_selected_action": [str(pk) for pk in pks]},
+    )
+    assert answer.status_code == 302
+
+
+def test_the_log_can_be_read_and_filtered_and_not_changed(admin: Client) -> None:
+    publish_many(LEDGER, range(3), key="k1")
+    publish(Topic("other", "durable"), 1)
+    assert "4 event log" in page(admin, "loggedevent")
+    assert re.search(r"\b1 event\s", page(admin, "loggedevent", topic="other"))
+    assert "3 event log" in page(admin, "loggedevent", q="k1")
+    row = LoggedEvent.objects.first()
+    assert row is not None
+    shown = admin.get(reverse("admin:django_pgnotify_loggedevent_change", args=[row.pk]))
+    assert b'name="_save"' not in shown.content
+    assert admin.get(reverse("admin:django_pgnotify_loggedevent_add")).status_code == 403
+
+
+def test_consumers_are_shown_with_their_lag_and_paused_in_the_admin(
+    admin: Client, recorder: Recorder
+) -> None:
+    register()
+    publish_many(LEDGER, range(7))
+    assert '<td class="field-events_behind">7</td>' in page(admin, "consumer")
+    act(admin, "consumer", "pause", stored().pk)
+    assert stored().paused
+    assert "paused" in page(admin, "consumer")
+    act(admin, "consumer", "resume", stored().pk)
+    assert not stored().paused
+    act(admin, "consumer", "skip_to_now", stored().pk)
+    assert lag_of(stored()).events == 0
+
+
+def test_dead_letters_are_requeued_and_discarded_in_the_admin(admin: Client) -> None:
+    picky = Picky([1, 2])
+    consume(picky)
+    with running_listener():
+        publish_many(LEDGER, [1, 2])
+        until(lambda: len(letters()) == 2)
+        first, second = letters()
+        assert (
+            "cannot take 1"
+            in admin.get(
+                reverse("admin:django_pgnotify_deadletter_change", args=[first.pk])
+            ).content.decode()
+        )
+        assert "2 dead letters" in page(admin, "deadletter", state="dead")
+        assert "0 dead letters" in page(admin, "deadletter", state="waiting")
+        picky.bad.clear()
+        act(admin, "deadletter", "requeue", first.pk)
+        picky.wait_for(1)
+        act(admin, "deadletter", "discard", second.pk)
+        until(lambda: letters() == [])
+    assert picky.data == [1]
+
+
+def test_nobody_without_permission_changes_anything(admin: Client, recorder: Recorder) -> None:
+    register()
+    client = Client()
+    client.force_login(User.objects.create_user("clerk", is_staff=True))
+    answer = client.post(
+        reverse("admin:django_pgnotify_consumer_changelist"),
+        {"action": "pause", "_selected_action": [str(stored().pk)]},
+    )
+    assert answer.status_code == 403
+    assert not stored().paused
