@@ -64,13 +64,18 @@ def pglisten(
         yield listener
 
 
+FAST = {"BENCHMARK_FAST": "1"}
+"""The environment in which ``pglisten`` finds the extra ``fast``."""
+
+
 @contextmanager
 def naive(alias: str, count: int = 1) -> Iterator[Listener]:
     """A psycopg ``notifies()`` loop that hears ``count`` topics too."""
-    from benchmarks.shop.models import Naive, NaiveLoad
+    from benchmarks.shop.models import Naive, NaiveInside, NaiveLoad
     from benchmarks.shop.naive import topics
 
-    heard = ",".join([*topics(count), Naive._meta.label_lower])
+    labels = [model._meta.label_lower for model in (Naive, NaiveInside)]
+    heard = ",".join([*topics(count), *labels])
     with _started(
         [
             sys.executable,

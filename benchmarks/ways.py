@@ -65,5 +65,6 @@ OURS_BACKGROUND = Way(
 )
 OURS_DURABLE = Way(partial(listeners.pglisten, receiver="durable"), "shop.Durable")
 NAIVE = Way(listeners.naive, "shop.Naive", "shop.NaiveLoad")
+NAIVE_INSIDE = Way(listeners.naive, "shop.NaiveInside", "shop.NaiveLoad")
 PUBSUB = Way(listeners.pgpubsub, "pubsub.Plain", "pubsub.PlainLoad")
 PUBSUB_STORED = Way(listeners.pgpubsub, "pubsub.Stored", "pubsub.StoredLoad")

@@ -86,6 +86,11 @@ def measured(listen: listeners.Listen, emit: Emit, count: int) -> Iterator[Measu
 VARIANTS: dict[str, tuple[listeners.Listen, Emit]] = {
     OURS: (listeners.pglisten, publish_each),
     "ours, async receiver": (partial(listeners.pglisten, receiver="async"), publish_each),
+    "ours, extra fast": (partial(listeners.pglisten, environ=listeners.FAST), publish_each),
+    "ours, async, extra fast": (
+        partial(listeners.pglisten, receiver="async", environ=listeners.FAST),
+        publish_each,
+    ),
     "ours, save() of models": (listeners.pglisten, save_each),
     NAIVE: (listeners.naive, notify_in_one_statement),
     "naive, on_commit each": (listeners.naive, notify_each_on_commit),

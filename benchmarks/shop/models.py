@@ -60,6 +60,10 @@ class Naive(Row):
     """Publishes by hand: see ``naive.py``."""
 
 
+class NaiveInside(Row):
+    """The same, inside the transaction."""
+
+
 class NaiveLoad(Row):
     """As ``Load``, by hand."""
 

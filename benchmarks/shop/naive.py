@@ -9,7 +9,7 @@ from typing import Any
 from django.db import connections, transaction
 from django.db.models.signals import post_save
 
-from .models import FIELDS, Naive, NaiveLoad
+from .models import FIELDS, Naive, NaiveInside, NaiveLoad
 
 BURST = "burst"
 
@@ -31,8 +31,12 @@ def notify(using: str, channel: str, text: str) -> None:
 def on_save(sender: Any, instance: Any, using: str, **kwargs: Any) -> None:
     label = sender._meta.label_lower
     text = payload(label, instance.pk, {name: getattr(instance, name) for name in FIELDS})
-    transaction.on_commit(partial(notify, using, label, text), using=using)
+    if sender is NaiveInside:
+        notify(using, label, text)
+    else:
+        transaction.on_commit(partial(notify, using, label, text), using=using)
 
 
 post_save.connect(on_save, sender=Naive)
+post_save.connect(on_save, sender=NaiveInside)
 post_save.connect(on_save, sender=NaiveLoad)

@@ -3,13 +3,14 @@
 A process with ``BENCHMARK_DATABASE`` has that one database, as ``default``. The driver has one
 alias for each variant that it measures beside the others. The app of a peer is there for its own
 listener, and for the driver, which makes its tables and saves its rows. ``BENCHMARK_SETTINGS`` are
-switched on.
+switched on. msgspec counts as not installed, unless ``BENCHMARK_FAST`` is set.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from typing import Any
 
 HOST = "127.0.0.1"
@@ -44,6 +45,9 @@ if PUBSUB_INSTALLED and (_DATABASE is None or os.environ.get("BENCHMARK_PEER") =
     INSTALLED_APPS += ["pgtrigger", "pgpubsub", "benchmarks.peers.pubsub"]
     PGTRIGGER_INSTALL_ON_MIGRATE = True
     os.environ["PGPUBSUB_USE_PSYCOPG_V3"] = "True"
+
+if "BENCHMARK_FAST" not in os.environ:
+    sys.modules["msgspec"] = None  # type: ignore[assignment]
 
 globals().update(dict.fromkeys(os.environ.get("BENCHMARK_SETTINGS", "").split(), True))
 

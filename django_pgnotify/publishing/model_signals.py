@@ -183,9 +183,7 @@ def _make_saves_atomic(sender: type[Model]) -> None:
         using: str | None = None,
         update_fields: Iterable[str] | None = None,
     ) -> None:
-        default = conf.DELIVERY
-        tiers = {publication.tier(default) for publication in _publications_of(sender)}
-        if "durable" in tiers:
+        if _is_logged(sender):
             using = using or router.db_for_write(type(self), instance=self)
             if outside_transaction(connections[using]):
                 with transaction.atomic(using):
@@ -194,6 +192,14 @@ def _make_saves_atomic(sender: type[Model]) -> None:
         save_base(self, raw, force_insert, force_update, using, update_fields)
 
     sender.save_base = atomic_save_base  # type: ignore[method-assign, assignment]
+
+
+def _is_logged(sender: type[Model]) -> bool:
+    """Whether an event of ``sender`` is written to the event log."""
+    for publication in _publications_of(sender):
+        if (publication.delivery or publication.tier(conf.DELIVERY)) == "durable":
+            return True
+    return False
 
 
 def _connect_through(model: type[Model], through: type[Model]) -> None:

@@ -1,8 +1,9 @@
 """Events that ride with COMMIT: sent behind it in the same round trip, not in one of their own.
 
 To the server they are two transactions, so the COMMIT never waits for the lock of NOTIFY, and where
-it fails the NOTIFY is skipped. What cannot ride leaves by the hook of the commit buffer: events of
-large transactions, too big for a frame, for another alias, or while somebody looks at the queries.
+it fails the NOTIFY is skipped. What cannot ride leaves by the hook of the commit buffer: all but
+the first events of a large transaction, those too big for a frame or for another alias, and all of
+them while somebody looks at the queries.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from psycopg import pq
 
 from ..conf import conf
 from ..stats import publishing_stats
+from ..wire import Outgoing
 from .buffer import FIRST_PORTION, Run, encoded, runs_of
 from .sender import is_default_transport, packer_in_use, report_unsent
 from .statement import FRAMES_PER_STATEMENT, Frame, can_ride, commit_and_notify
@@ -29,9 +31,11 @@ def let_events_ride(connection: BaseDatabaseWrapper) -> None:
         if runs and _is_rolled_back(connection):
             for run in runs:
                 run.events = []
-        frames = _frames_of(runs, connection) if runs else []
-        if frames:
-            _commit_with(frames, runs, connection)
+        riders = _riders(runs, connection) if runs else []
+        frames = packer_in_use().pack(riders)
+        if 0 < len(frames) <= FRAMES_PER_STATEMENT:
+            _commit_with(frames, riders, connection)
+            _forget(len(riders), runs)
         else:
             commit()
 
@@ -40,13 +44,30 @@ def let_events_ride(connection: BaseDatabaseWrapper) -> None:
     connection._commit = commit_with_events  # type: ignore[attr-defined]
 
 
-def _commit_with(
-    frames: Sequence[Frame], runs: Sequence[Run], connection: BaseDatabaseWrapper
-) -> None:
-    events = [event for run in runs for event in encoded(run.events)]
-    error = commit_and_notify(frames, connection)
+def _riders(runs: Sequence[Run], connection: BaseDatabaseWrapper) -> list[Outgoing]:
+    """The first events of the transaction, as many as can ride; they are encoded in their runs."""
+    if (
+        any(run.using != connection.alias for run in runs)
+        or conf.BACKGROUND_SENDER
+        or not is_default_transport()
+        or not can_ride(connection)
+    ):
+        return []
+    riders: list[Outgoing] = []
     for run in runs:
-        run.events = []
+        first = run.events[: FIRST_PORTION - len(riders)]
+        if not first:
+            break
+        sent = encoded(first)
+        run.events[: len(first)] = sent
+        riders += sent
+    return riders if packer_in_use().fit(riders) else []
+
+
+def _commit_with(
+    frames: Sequence[Frame], events: Sequence[Outgoing], connection: BaseDatabaseWrapper
+) -> None:
+    error = commit_and_notify(frames, connection)
     if error is not None:
         report_unsent(events, connection.alias, error)
     else:
@@ -54,24 +75,12 @@ def _commit_with(
         publishing_stats.add("frames", len(frames))
 
 
-def _frames_of(runs: Sequence[Run], connection: BaseDatabaseWrapper) -> Sequence[Frame]:
-    """What can ride, all of it or nothing."""
-    if (
-        sum(len(run.events) for run in runs) > FIRST_PORTION
-        or any(run.using != connection.alias for run in runs)
-        or conf.BACKGROUND_SENDER
-        or not is_default_transport()
-        or not can_ride(connection)
-    ):
-        return []
+def _forget(count: int, runs: Sequence[Run]) -> None:
+    """Leave to the hook what has not ridden."""
     for run in runs:
-        run.events[:] = encoded(run.events)
-    events = [event for run in runs for event in encoded(run.events)]
-    packer = packer_in_use()
-    if not packer.fit(events):
-        return []
-    frames = packer.pack(events)
-    return frames if len(frames) <= FRAMES_PER_STATEMENT else []
+        gone = min(count, len(run.events))
+        del run.events[:gone]
+        count -= gone
 
 
 def _is_rolled_back(connection: BaseDatabaseWrapper) -> bool:

@@ -42,8 +42,9 @@ for alias in settings.CACHES:
     invalidates("rooms", keys=["room:{data[name]}"], cache=alias, version=2)
 
 def say(event, cache, keys, **kwargs):
-    print("invalidated", cache, event.action, event.data if event.model is None else event.pk,
-          flush=True)
+    what = event.data if event.model is None else event.pk
+    # One string: what print() puts together, another thread may get in between.
+    print(f"invalidated {cache} {event.action} {what}", flush=True)
 
 cache_invalidated.connect(say)
 call_command("pglisten")
