@@ -7,7 +7,7 @@ import datetime
 import decimal
 import functools
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from django.db.models import Field, Model
@@ -30,6 +30,7 @@ _IMMUTABLE = (
 _JSON = frozenset({type(None), str, int, float, bool})
 _LOADED = "pgnotify_loaded"
 _UNKNOWN = object()
+_by_name: dict[type[Model], tuple[Sequence[Any], dict[str, Field[Any, Any]]]] = {}
 
 
 def check_fields(model: type[Model], names: object) -> tuple[str, ...]:
@@ -54,8 +55,12 @@ def check_fields(model: type[Model], names: object) -> tuple[str, ...]:
 
 def _concrete_fields(model: type[Model]) -> dict[str, Field[Any, Any]]:
     """Fields by name and by attname (``customer`` and ``customer_id``)."""
-    fields = {field.attname: field for field in model._meta.concrete_fields}
-    return fields | {field.name: field for field in model._meta.concrete_fields}
+    concrete = model._meta.concrete_fields
+    known = _by_name.get(model)
+    if known is None or known[0] is not concrete:  # Django makes another list if a field is added
+        fields = {field.attname: field for field in concrete}
+        known = _by_name[model] = concrete, fields | {field.name: field for field in concrete}
+    return known[1]
 
 
 @functools.cache

@@ -32,7 +32,8 @@ def let_events_ride(connection: BaseDatabaseWrapper) -> None:
             for run in runs:
                 run.events = []
         riders = _riders(runs, connection) if runs else []
-        frames = packer_in_use().pack(riders)
+        packer = packer_in_use() if riders else None
+        frames = packer.pack(riders) if packer is not None and packer.fit(riders) else []
         if 0 < len(frames) <= FRAMES_PER_STATEMENT:
             _commit_with(frames, riders, connection)
             _forget(len(riders), runs)
@@ -61,7 +62,7 @@ def _riders(runs: Sequence[Run], connection: BaseDatabaseWrapper) -> list[Outgoi
         sent = encoded(first)
         run.events[: len(first)] = sent
         riders += sent
-    return riders if packer_in_use().fit(riders) else []
+    return riders
 
 
 def _commit_with(
