@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+from ..decoding import gap_event
 from ..events import Action, Event
 from ..registry import Receiver, Subscription
 from ..stats import Stats
-from ..wire import gap_event
 from .lane import Lane
 from .runner import Runner
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..decoding import event_from
 from ..events import Event
 from ..exceptions import FrameError
 from ..listening.intake import resolve_row
 from ..strict_json import loads
-from ..wire import event_from
 from .cursor import Logged
 from .log import storable
 

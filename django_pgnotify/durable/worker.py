@@ -19,10 +19,10 @@ from django.db import DatabaseError, InterfaceError, OperationalError, connectio
 from .. import signals
 from ..backoff import Backoff
 from ..conf import conf
+from ..decoding import gap_event
 from ..events import Event
 from ..registry import Receiver, Subscription, describe
 from ..stats import Stats
-from ..wire import gap_event
 from .calls import Calls, Limits
 from .cursor import Cursor, LogReader, Page, TransactionIdsWentBack
 from .entries import Entry, prepare

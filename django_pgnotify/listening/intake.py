@@ -17,18 +17,11 @@ from django.db import DatabaseError, close_old_connections
 
 from .. import signing
 from ..conf import conf
+from ..decoding import event_from, events_from, foreign_event
 from ..events import Event
 from ..exceptions import FrameError
 from ..stats import Stats
-from ..wire import (
-    Reference,
-    decode_frame,
-    event_from,
-    events_from,
-    foreign_event,
-    stored_body,
-    wire_channel,
-)
+from ..wire import Reference, decode_frame, stored_body, wire_channel
 from .connection import Notification
 
 logger = logging.getLogger("django_pgnotify.listening")

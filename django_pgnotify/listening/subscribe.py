@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import Self
 
 from ..conf import conf
+from ..decoding import gap_event
 from ..events import Event
 from ..exceptions import InvalidArgument, ListenError
 from ..publishing.sender import check_alias
 from ..registry import Source, check_sources, registry
 from ..stats import Stats
-from ..wire import gap_event
 from .background import Subscription, background_listener, established, wait_until_established
 from .intake import Intake
 

@@ -16,13 +16,14 @@ from asgiref.sync import async_to_sync
 from django.db import connections
 
 from .. import signals
+from ..decoding import event_from, foreign_event, gap_event
 from ..dispatching.service import routes_of
 from ..events import Event, check_topic
 from ..listening.intake import resolve_row
 from ..publishing.buffer import pending
 from ..publishing.sender import transport_in_use
 from ..registry import Receiver, accepts, registry
-from ..wire import Outgoing, decode_frame, event_from, foreign_event, gap_event
+from ..wire import Outgoing, decode_frame
 from .capture import to_event
 
 logger = logging.getLogger("django_pgnotify.dispatching")

@@ -11,11 +11,12 @@ from typing import overload
 from django.db import connections
 
 from ..conf import conf
+from ..decoding import event_from
 from ..events import Event
 from ..listening.intake import resolve_row
 from ..publishing.buffer import pending
 from ..publishing.sender import Transport, current_transport, transport_in_use
-from ..wire import Outgoing, event_from
+from ..wire import Outgoing
 
 
 def to_event(outgoing: Outgoing) -> Event:

@@ -20,17 +20,11 @@ from psycopg import sql
 
 from django_pgnotify import Event, signing
 from django_pgnotify.conf import conf
+from django_pgnotify.decoding import event_from, foreign_event
 from django_pgnotify.listening.intake import resolve_row
 from django_pgnotify.listening.listener import connection_params
 from django_pgnotify.publishing.store import fetch
-from django_pgnotify.wire import (
-    decode_frame,
-    event_from,
-    foreign_event,
-    reference_in,
-    stored_body,
-    wire_channel,
-)
+from django_pgnotify.wire import decode_frame, reference_in, stored_body, wire_channel
 
 DEADLINE = 30.0
 _FENCE = "tests.fence"

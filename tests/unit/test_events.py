@@ -19,6 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from django_pgnotify import Event, Topic
+from django_pgnotify.decoding import event_from
 from django_pgnotify.events import (
     ACTIONS,
     DELIVERIES,
@@ -30,7 +31,6 @@ from django_pgnotify.events import (
     new_event_id,
 )
 from django_pgnotify.exceptions import FrameError, InvalidAction, InvalidDelivery, InvalidTopic
-from django_pgnotify.wire import event_from
 
 ROOT = Path(__file__).parents[2]
 

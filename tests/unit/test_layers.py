@@ -11,7 +11,7 @@ from pathlib import Path
 import django_pgnotify
 
 ROOT = Path(__file__).resolve().parents[2]
-PURE_LAYERS = 4  # the last ones: session and wire, events, exceptions
+PURE_LAYERS = 5  # the last ones: session and wire, events, exceptions
 
 
 def layers() -> list[list[str]]:

@@ -19,6 +19,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from django_pgnotify import Event
+from django_pgnotify.decoding import event_from, foreign_event, gap_event
 from django_pgnotify.events import ACTIONS
 from django_pgnotify.exceptions import EventDataError, FrameError, InvalidArgument
 from django_pgnotify.publishing.plain import ENCODER
@@ -32,9 +33,6 @@ from django_pgnotify.wire import (
     decode_frame,
     digest_of,
     encode_event,
-    event_from,
-    foreign_event,
-    gap_event,
     reference_in,
     reference_to,
     stored_body,
