@@ -20,8 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from django_pgnotify import apublish, publish
-from django_pgnotify.publishing import statement
-from django_pgnotify.publishing.statement import FRAMES_PER_STATEMENT, Frame, notify
+from django_pgnotify.publishing import riding, statement
+from django_pgnotify.publishing.statement import (
+    FRAMES_PER_STATEMENT,
+    Frame,
+    commit_and_notify,
+    notify,
+)
 from django_pgnotify.stats import publishing_stats
 from tests.integration.hearing import Ear, hearing, statements, terminate_own_backend
 from tests.integration.recording import DEADLINE, query
@@ -596,3 +601,35 @@ def test_through_a_transaction_pooler_several_clients_do_not_disturb_each_other(
     assert len(data) == 120
     for number in range(4):
         assert [one for one in data if one[0] == number] == [[number, turn] for turn in range(30)]
+
+
+@pytest.mark.usefixtures("_pooled")
+def test_through_a_transaction_pooler_events_ride_with_the_commit(
+    ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rides = []
+
+    def counted(frames: Any, connection: Any) -> Any:
+        rides.append(len(frames))
+        return commit_and_notify(frames, connection)
+
+    monkeypatch.setattr(riding, "commit_and_notify", counted)
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(20):
+                with transaction.atomic():
+                    query("SELECT 1")
+                    publish("jobs", [number, turn])
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+    data = ear.data()
+    for number in range(3):
+        assert [one for one in data if one[0] == number] == [[number, turn] for turn in range(20)]
+    assert rides == [1] * 60
