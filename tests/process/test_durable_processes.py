@@ -40,7 +40,7 @@ def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 NotifyTransport.send = die
-# Where somebody watches the statements the NOTIFY does not ride with the COMMIT but comes behind it.
+# Where somebody watches the statements the NOTIFY does not ride with the COMMIT: it comes behind.
 with connection.execute_wrapper(lambda execute, *args: execute(*args)), transaction.atomic():
     publish(Topic("ledger", delivery="durable"), "committed", key="k")
 print("not reached")
