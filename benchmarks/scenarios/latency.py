@@ -102,7 +102,7 @@ def cases(quick: bool) -> Iterable[Case]:
                 for variant, way in variants.items()
             ),
             reference=reference,
-            rounds=3 if quick else 15,
+            rounds=2 if quick else 15,
             targets=targets,
         )
 

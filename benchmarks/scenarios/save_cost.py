@@ -90,7 +90,7 @@ def _case(
             for variant, way in VARIANTS.items()
         ),
         reference=SILENT,
-        rounds=8 if quick else 150,
+        rounds=6 if quick else 150,
         warmups=2,
         targets=targets,
     )

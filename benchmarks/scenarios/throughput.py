@@ -62,7 +62,7 @@ def cases(quick: bool) -> Iterable[Case]:
                     for variant, way in VARIANTS.items()
                 ),
                 reference=SILENT,
-                rounds=3 if quick else 7,
+                rounds=2 if quick else 7,
                 targets=()
                 if count == 1
                 else (
