@@ -199,7 +199,7 @@ def test_an_async_receiver_that_takes_too_long_or_is_cancelled_has_failed() -> N
 
     async def slow(event: Event) -> None:
         if event.data == "slow":
-            await asyncio.sleep(3600)
+            await asyncio.Event().wait()  # for ever
         if event.data == "cancelled":
             raise asyncio.CancelledError
         heard(event)
