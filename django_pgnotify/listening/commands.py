@@ -36,11 +36,11 @@ class Echo:
 class TryLead:
     """Try to take the leader's advisory lock; answer with ``led``.
 
-    ``at_once`` says to lead from this place in the stream on; otherwise what has been received by
-    the time of the answer is still the old leader's.
+    ``from_here`` says to lead from this place in the stream on: the old leader has said that it
+    acts up to here. Otherwise from where the lock was taken, by the server's order of commits.
     """
 
-    at_once: bool = False
+    from_here: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ and its backend may not notice for hours, so a standby ends that backend's sessi
 from __future__ import annotations
 
 import logging
+import secrets
 import zlib
-from typing import NamedTuple
 
 from ..wire import wire_channel
 from .connection import ListenConnection
@@ -17,7 +17,12 @@ from .connection import ListenConnection
 logger = logging.getLogger("django_pgnotify.listening")
 
 _LOCK_CLASS = 0x70676E74  # "pgnt": the advisory lock space of leaders
-_TAKE = b"SELECT pg_try_advisory_lock($1::int4, $2::int4)"
+# The mark is committed while we hold the lock: what comes before it in the stream of notifications
+# may have reached the last leader, which held the lock until then; what comes after it cannot have.
+_TAKE = b"""
+WITH attempt AS MATERIALIZED (SELECT pg_try_advisory_lock($1::int4, $2::int4) AS taken)
+SELECT taken, CASE WHEN taken THEN pg_notify($3, $4) END FROM attempt
+"""
 # All, because a session that asks twice holds the lock twice.
 _LET_GO = b"SELECT pg_advisory_unlock_all(), pg_notify($1, '')"
 _END_SILENT_HOLDER = b"""
@@ -33,12 +38,6 @@ FROM (
 """
 
 
-class Acquired(NamedTuple):
-    """Stands among unread notifications where the lock became ours."""
-
-    asked_at: float
-
-
 class LeaderLock:
     """The lock that listeners of one name compete for.
 
@@ -49,15 +48,24 @@ class LeaderLock:
 
     def __init__(self, name: str, prefix: str) -> None:
         self.channel = wire_channel(f"pgnotify.leader.{name}", prefix)
-        """Where a leader says that it has let go."""
+        """Where a leader says that it lets go (with nothing in it), and the next that it leads."""
+        self.mark: bytes | None = None
+        """What this listener said there when the lock became its own."""
         number = zlib.crc32(f"{prefix}:{name}".encode())
         signed = number - (1 << 32) if number >= 1 << 31 else number
         self._key = (str(_LOCK_CLASS), str(signed))
 
     async def try_take(self, connection: ListenConnection, timeout: float) -> bool:
-        """Take the lock if it is free; tells whether it is ours now."""
-        [(taken,)] = await connection.execute(_TAKE, self._key, timeout=timeout)
-        return taken == b"t"
+        """Take the lock if it is free; tells whether it is ours now.
+
+        If so, ``mark`` has its place among the notifications from then on, and has arrived.
+        """
+        self.mark, mark = None, secrets.token_hex(8)
+        params = (*self._key, self.channel, mark)
+        [(taken, _)] = await connection.execute(_TAKE, params, timeout=timeout)
+        if taken == b"t":
+            self.mark = mark.encode()
+        return self.mark is not None
 
     async def let_go(self, connection: ListenConnection, timeout: float) -> None:
         """Free the lock, and say so to those who wait for it."""

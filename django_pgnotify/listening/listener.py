@@ -22,7 +22,7 @@ from ..wire import wire_channel
 from . import commands as todo
 from .commands import Command
 from .connection import ListenConnection, Notification, first_line
-from .leadership import Acquired, LeaderLock
+from .leadership import LeaderLock
 from .session import Session, Timing
 from .sink import Sink
 from .status import STATUS_CHANNEL, may_reply_on, status_payload
@@ -97,7 +97,7 @@ class Listener:
         self._connection: ListenConnection | None = None
         self._server_listens: frozenset[str] | None = None
         self._echo_sent = 0.0
-        self._unread: deque[Notification | Acquired] = deque()
+        self._unread: deque[Notification] = deque()
         self._wanted: frozenset[str] | None = None
         self._stop_requested = False
         self._opening: asyncio.Task[ListenConnection] | None = None
@@ -213,33 +213,32 @@ class Listener:
         await self._carry_out(undone)
         self._unread.extend(connection.take())
         while self._unread:
-            heard = self._next_frames()
-            if heard:
-                await self._carry_out(self.session.notified(self._now(), heard))
-            if self._unread:
-                await self._heed(self._unread.popleft())
+            await self._read_on()
         if connection.lost is not None and connection is self._connection:
             await self._fail(ConnectionLost(f"the connection broke: {first_line(connection.lost)}"))
 
-    def _next_frames(self) -> list[Notification]:
-        """Unread notifications up to the next one that is for the listener itself."""
+    async def _read_on(self) -> Notification | None:
+        """Hand on unread frames up to and with the next notification for the listener itself."""
         heard: list[Notification] = []
-        while self._unread:
-            entry = self._unread[0]
-            if isinstance(entry, Acquired) or entry.channel in self._own_channels:
-                break
-            heard.append(entry)
-            self._unread.popleft()
-        return heard
+        while self._unread and self._unread[0].channel not in self._own_channels:
+            heard.append(self._unread.popleft())
+        if heard:
+            await self._carry_out(self.session.notified(self._now(), heard))
+        if not self._unread:
+            return None
+        entry = self._unread.popleft()
+        await self._heed(entry)
+        return entry
 
-    async def _heed(self, entry: Notification | Acquired) -> None:
+    async def _heed(self, entry: Notification) -> None:
         now = self._now()
-        if isinstance(entry, Acquired):
-            await self._carry_out(self.session.led(now, True, asked_at=entry.asked_at))
-        elif entry.channel == self._echo_channel:
+        if entry.channel == self._echo_channel:
             await self._echoed(entry.payload.decode(errors="replace"))
         elif entry.channel == self._leader_channel:
-            await self._carry_out(self.session.leadership_free(now))
+            if entry.payload == self._require_lock().mark:
+                await self._carry_out(self.session.led(now, True))
+            elif not entry.payload:
+                await self._carry_out(self.session.leadership_free(now))
         else:
             await self._answer(entry.payload.decode(errors="replace"))
 
@@ -294,8 +293,8 @@ class Listener:
                 await self._do_all(self.session.unlistened(self._now(), channels))
             case todo.Echo(nonce):
                 await self._echo(nonce)
-            case todo.TryLead(at_once):
-                await self._try_lead(at_once=at_once)
+            case todo.TryLead(from_here):
+                await self._try_lead(from_here=from_here)
             case todo.Lead():
                 self._sink.led(True)
             case todo.Follow():
@@ -354,16 +353,15 @@ class Listener:
             raise ConnectionLost("the connection is closed")
         return self._connection
 
-    async def _try_lead(self, *, at_once: bool) -> None:
+    async def _try_lead(self, *, from_here: bool) -> None:
         connection, lock = self._open(), self._require_lock()
         asked_at = self._now()
         silent_for: float | None = None
         acquired = await lock.try_take(connection, self._timeout)
-        if acquired and not at_once:
-            # In its place among the notifications: those before it were the old leader's.
+        if acquired and not from_here:
             self._unread.extend(connection.take())
-            self._unread.append(Acquired(asked_at))
-            self.kick()
+            while self._unread and not self.session.leader:
+                await self._read_on()  # our mark is among them, and is heeded in its place
             return
         if not acquired:
             # By this time a silent leader has given itself up: it had no echo in its deadline.
@@ -421,12 +419,9 @@ class Listener:
             return
         self._unread.extend(connection.take())
         while self._unread:
-            heard = self._next_frames()
-            await self._carry_out(self.session.notified(self._now(), heard))
-            if self._unread:
-                entry = self._unread.popleft()
-                if isinstance(entry, Notification) and entry.channel == self._leader_channel:
-                    break
+            entry = await self._read_on()
+            if entry is not None and entry.channel == self._leader_channel:
+                break  # our goodbye, or the mark of one that was quicker than it
 
     def wall_time(self, moment: float) -> datetime:
         """A moment of the loop's clock as the time of day, in UTC."""

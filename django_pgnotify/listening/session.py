@@ -170,13 +170,14 @@ class Session:
             self._leaderless = (since, self._cause)
         elif self._gap_on_start:
             commands.append(Gap(None, now, _STARTED))
+        held: list[Command] = [Deliver(self._held)] if self._held else []
+        self._held = []
         if self._wants_to_lead:
+            # What was held comes before the lock is ours: another leader may have acted on it.
             # Whoever waits for "established" may publish at once, and expect the leader to act.
-            commands.append(self._try_lead(now, at_once=True))
-        commands.append(self._heard())
-        if self._held:
-            commands.append(Deliver(self._held))
-            self._held = []
+            commands += [*held, self._try_lead(now), self._heard()]
+        else:
+            commands += [self._heard(), *held]
         self._set_alarm()
         return [*commands, *self._change_channels(now)]
 
@@ -232,7 +233,7 @@ class Session:
         if self.state == "established" and self._wants_to_lead and not self.leader:
             # The gap is told all the same: that the leader let go in order does not prove that
             # the network let it read up to that point.
-            command = self._try_lead(now, at_once=True)
+            command = self._try_lead(now, from_here=True)
             self._set_alarm()
             return [command]
         return []
@@ -304,9 +305,9 @@ class Session:
         # What is about to be left does not count: whoever wants it again by then waits for LISTEN.
         return Established(self.listened_to & self.wanted)
 
-    def _try_lead(self, now: float, *, at_once: bool = False) -> Command:
+    def _try_lead(self, now: float, *, from_here: bool = False) -> Command:
         self._next_try = now + self.timing.leader_poll_interval
-        return TryLead(at_once)
+        return TryLead(from_here)
 
     def _change_channels(self, now: float) -> list[Command]:
         """Bring the server nearer to what is wanted, one statement at a time."""

@@ -16,11 +16,8 @@ It knows what the publisher did with each number and what each listener's receiv
     In one life a receiver is never given a number of a key after a later one of that key, and no
     number twice; a receiver with ``concurrency=1`` gets all numbers in order.
 *two leaders*
-    A number is handled by two leaders only within the **take-over window**: a standby that wins the
-    lock handles, as the leader, what has arrived while it waited for the answer of its TryLead
-    statement (and, on a new connection, of its LISTEN and echo before that). Each of them is
-    answered within PGNOTIFY_HEARTBEAT_TIMEOUT or the connection is given up, so the window is
-    the ``TAKE_OVER_STATEMENTS`` times that timeout that precede a take-over.
+    No number is handled by two of them: who wins the lock leads from there on, by the order in
+    which the server has committed.
 *ghosts*
     A number whose transaction was rolled back is never handled.
 
@@ -37,9 +34,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
-
-TAKE_OVER_STATEMENTS = 3
-"""LISTEN, echo, TryLead: what a listener may wait for before it handles what has come meanwhile."""
 
 Status = Literal["sent", "unsent", "uncommitted", "rolled back"]
 Ending = Literal["killed", "terminated", "still running"]
@@ -142,8 +136,6 @@ class Verdict:
     """For each receiver: handled, in a gap, ..."""
     widths: list[float] = field(default_factory=list)
     """Seconds that the gaps were wide."""
-    widest_repeat: float = 0.0
-    """How long before a take-over the earliest number was published that two leaders handled."""
 
     def count(self, receiver: str, what: str, amount: int = 1) -> None:
         self.counts.setdefault(receiver, Counter())[what] += amount
@@ -181,7 +173,6 @@ def check(
     *,
     every_node: Iterable[str],
     leaders: Iterable[str],
-    heartbeat_timeout: float,
 ) -> Verdict:
     """Judge a run. ``published`` is dense: number ``n`` is at ``n - 1``.
 
@@ -197,9 +188,7 @@ def check(
         for life in lives:
             _check_order(verdict, published, life, receiver, all_keys=True)
         _check_leader(verdict, published, told, receiver)
-        _check_two_leaders(
-            verdict, published, told, receiver, TAKE_OVER_STATEMENTS * heartbeat_timeout
-        )
+        _check_two_leaders(verdict, published, told, receiver)
     verdict.widths = sorted(
         line.until - line.since
         for life in lives
@@ -291,7 +280,6 @@ def _check_two_leaders(
     published: Sequence[Published],
     told: Sequence[_Told],
     receiver: str,
-    window: float,
 ) -> None:
     take_overs = sorted(
         line.at
@@ -309,12 +297,8 @@ def _check_two_leaders(
         number = published[n - 1]
         at = bisect_left(take_overs, number.before)
         distance = take_overs[at] - number.after if at < len(take_overs) else math.inf
-        if distance <= window:
-            verdict.count(receiver, "handled by two leaders, within the window")
-            verdict.widest_repeat = max(verdict.widest_repeat, distance)
-        else:
-            text = f"handled by {' and '.join(names)}, {distance:.3f} s before a take-over"
-            verdict.violations.append(Violation("two leaders", names[-1], receiver, n, text))
+        text = f"handled by {' and '.join(names)}, {distance:.3f} s before a take-over"
+        verdict.violations.append(Violation("two leaders", names[-1], receiver, n, text))
     _count_stragglers(verdict, told, receiver)
 
 

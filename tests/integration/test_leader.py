@@ -11,6 +11,8 @@ from django.db import connections, transaction
 from pytest_django import Settings
 
 from django_pgnotify import publish, receiver
+from django_pgnotify.listening.connection import ListenConnection
+from django_pgnotify.listening.leadership import LeaderLock
 from django_pgnotify.listening.listener import Listener
 from django_pgnotify.registry import registry
 from django_pgnotify.testing import RunningListener, running_listener
@@ -259,15 +261,54 @@ def test_nothing_is_run_twice_or_lost_without_a_gap_while_leaders_come_and_go() 
         number = 0
         for _ in range(6):
             gaps = sum(event.action == "gap" for event in heard.events)
-            leader = next(each for each in listeners if is_leader(each))
+            leaders = [each for each in listeners if is_leader(each)]
             for _ in range(20):
                 publish("jobs", number)
                 number += 1
-            terminate(leader.backend_pid)
+            for leader in leaders:
+                terminate(leader.backend_pid)
             heard.wait_until(
                 lambda events, gaps=gaps: sum(e.action == "gap" for e in events) > gaps  # type: ignore[misc]
             )
         publish("jobs", "end")
-        heard.wait_until(lambda events: events[-1].data == "end")
+        # A machine that is too busy may make a leader give itself up: that is told, too.
+        heard.wait_until(
+            lambda events: (
+                any(e.data == "end" for e in events)
+                or sum(e.action == "gap" for e in events) > gaps + 1
+            )
+        )
     numbers = [event.data for event in heard.events if event.action != "gap"]
     assert len(numbers) == len(set(numbers))
+
+
+@pytest.mark.parametrize("when", ["as it connects", "as a standby"])
+async def test_what_was_committed_before_the_lock_was_taken_is_not_the_new_leaders(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have reached the old leader, which held the lock until then."""
+    sink, take = Sink(), LeaderLock.try_take
+    async with client() as other:
+
+        async def take_after_an_event(
+            lock: LeaderLock, connection: ListenConnection, timeout: float
+        ) -> bool:
+            await anotify(other, "a", "before")
+            return await take(lock, connection, timeout)
+
+        monkeypatch.setattr(LeaderLock, "try_take", take_after_an_event)
+        listener = Listener("default", ["a"], sink, leadership="all")
+        if when == "as a standby":
+            key = LeaderLock("all", "")._key
+            await other.execute("SELECT pg_advisory_lock(%s::int, %s::int)", key)
+        async with running(listener):
+            await sink.until("established")
+            if when == "as a standby":
+                await other.execute("SELECT pg_advisory_unlock_all()")
+            await sink.until("led")
+            heard = sink.of("heard")
+            await anotify(other, "a", "after")
+            await sink.until("heard", len(heard) + 1)
+            assert sink.of("heard") == [*heard, "after"]
+    led = sink.kinds.index("led")
+    assert sink.kinds[:led].count("heard") == len(heard) > 0

@@ -16,7 +16,10 @@ import pytest
 from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.expected_conditions import url_to_be
+from selenium.webdriver.support.expected_conditions import (
+    text_to_be_present_in_element,
+    url_to_be,
+)
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -216,7 +219,8 @@ def test_a_change_in_the_admin_changes_the_page_without_a_reload(
         chromium.get(f"{shop.webs[0].url}/admin/shop/order/{pk}/change/")
         Select(chromium.find_element(By.NAME, "status")).select_by_value("packed")
         chromium.find_element(By.NAME, "_save").click()
-        assert "changed successfully" in chromium.find_element(By.CLASS_NAME, "success").text
+        saved = text_to_be_present_in_element((By.CLASS_NAME, "success"), "changed successfully")
+        WebDriverWait(chromium, DEADLINE).until(saved)
         try:
             chromium.execute_async_script(
                 "const done = arguments[arguments.length - 1];"
