@@ -37,7 +37,7 @@ POSTGRESES = ("18", "16")
 #: The oldest Python that a Django release supports, where it is not our own.
 NEEDS = {"6.0": (3, 12), "6.1": (3, 12)}
 #: Seconds after which a cell counts as hanging.
-CELL_TIMEOUT = 900
+CELL_TIMEOUT = 1800
 
 
 class Environment(NamedTuple):

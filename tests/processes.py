@@ -24,7 +24,7 @@ from typing import IO, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds a wait may take. Generous: it is spent only by a test that fails.
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 class Process:

@@ -19,7 +19,7 @@ from django_pgnotify.testing import RunningListener
 from tests.settings import database_url
 
 #: Seconds a wait may take. Generous: it is spent only by a test that fails.
-DEADLINE = 15.0
+DEADLINE = 45.0
 
 
 class Recorder:

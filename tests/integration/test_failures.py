@@ -88,11 +88,11 @@ def test_what_is_raised_past_exception_does_not_end_the_receiver_either(
     async def aleaves(event: Event) -> None:
         leaves(event)
 
-    with running_listener(timeout=3) as listener, failures() as told:
+    with running_listener(timeout=20) as listener, failures() as told:
         publish("jobs", "leave")
         publish("jobs", "next")
-        recorder.wait_for(2, timeout=3)
-        listener.settle(3)
+        recorder.wait_for(2, timeout=20)
+        listener.settle(20)
     assert recorder.data == ["leave", "next"]
     assert [type(entry["exception"]) for entry in told] == [error]
 
@@ -192,11 +192,11 @@ def test_a_receiver_that_waits_for_its_retry_does_not_keep_the_others_from_runni
 
     receiver("jobs", retries=1)(broken if kind == "sync" else abroken)
     receiver("other")(recorder if kind == "sync" else arecorder)
-    with running_listener(timeout=3):
+    with running_listener(timeout=20):
         publish("jobs")
         assert failed.wait(DEADLINE)
         publish("other")
-        recorder.wait_for(1, timeout=3)
+        recorder.wait_for(1, timeout=20)
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -214,7 +214,7 @@ def test_a_shutdown_does_not_wait_for_the_pause_before_a_retry(
         broken(event)
 
     receiver("jobs", retries=1)(broken if kind == "sync" else abroken)
-    with running_listener(timeout=3) as listener:
+    with running_listener(timeout=20) as listener:
         publish("jobs")
         assert failed.wait(DEADLINE)
         service = listener.service

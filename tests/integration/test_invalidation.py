@@ -30,7 +30,7 @@ from django_pgnotify.signals import cache_invalidated, receiver_failed
 from django_pgnotify.testing import InMemoryBus, running_listener
 from tests.testapp.models import Document, Membership, Order, Shipment
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

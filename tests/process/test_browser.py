@@ -28,7 +28,7 @@ from tests.processes import ROOT
 
 pytestmark = pytest.mark.browser
 
-DEADLINE = 20.0
+DEADLINE = 45.0
 
 WHEN = """
 const done = arguments[arguments.length - 1];

@@ -159,7 +159,7 @@ def test_a_listener_that_lost_its_connection_clears_the_aliases(
 
 
 def summary(web: Web) -> dict[str, Any]:
-    with urlopen(f"{web.url}/summary.json", timeout=10) as answer:
+    with urlopen(f"{web.url}/summary.json", timeout=60) as answer:
         figures: dict[str, Any] = json.load(answer)
     return figures
 

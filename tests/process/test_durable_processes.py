@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import pytest
 
 from django_pgnotify import Topic, publish, publish_many
 from django_pgnotify.models import LoggedEvent
-from tests.processes import Process, database_environ, manage, python
+from tests.processes import DEADLINE, Process, database_environ, manage, python
 
 if TYPE_CHECKING:
     from example_project.embedded import EmbeddedPostgres
@@ -59,6 +60,20 @@ def received(process: Process) -> list[object]:
     return [json.loads(line)["data"] for line in lines]
 
 
+def which_holds(first: Process, second: Process, pattern: str) -> tuple[Process, Process]:
+    """The one of two that prints a line, and the other; whichever is first."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        for process, other in ((first, second), (second, first)):
+            try:
+                process.wait_for_line(pattern, timeout=0.2)
+            except AssertionError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return process, other
+
+
 def test_a_writer_killed_between_commit_and_notify_is_heard_by_the_next_sweep() -> None:
     with pglisten() as listener:
         environ = {"DJANGO_SETTINGS_MODULE": "tests.settings", **database_environ()}
@@ -75,11 +90,7 @@ def test_a_listener_killed_in_the_middle_is_taken_over_and_loses_nothing(tmp_pat
     os.mkfifo(gate)
     with pglisten() as first, pglisten() as second:
         publish_many(LEDGER, [1, 2, {"gate": str(gate)}, 4], key="k")
-        for process in (first, second):
-            with contextlib.suppress(AssertionError):
-                process.wait_for_line("^received ledger .*gate", timeout=5)
-                break
-        other = second if process is first else first
+        process, other = which_holds(first, second, "^received ledger .*gate")
         assert received(process)[-1] == {"gate": str(gate)}
         process.kill()
         other.wait_for_line("^received ledger .*gate")

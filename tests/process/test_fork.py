@@ -53,7 +53,7 @@ def test_a_process_that_listens_ends_by_itself_at_the_end_of_its_program() -> No
         say("backend", background.backend_pid)
     """
     with python(*script(body), env=environment()) as process:
-        assert process.wait(timeout=10) == 0, process.report()
+        assert process.wait() == 0, process.report()
         backend = int(process.wait_for_line(r"^backend (\d+)")[1])
     assert process.stderr == ""
     assert query("SELECT 1 FROM pg_stat_activity WHERE pid = %s", backend) == []
@@ -67,7 +67,7 @@ def test_a_process_whose_server_is_gone_ends_too() -> None:
     """
     env = environment() | {"DATABASE_URL": "postgresql://postgres@127.0.0.1:1/nothing"}
     with python(*script(body), env=env) as process:
-        assert process.wait(timeout=10) == 0, process.report()
+        assert process.wait() == 0, process.report()
 
 
 def test_sys_exit_and_an_unhandled_error_end_it_with_their_status() -> None:
@@ -77,7 +77,7 @@ def test_sys_exit_and_an_unhandled_error_end_it_with_their_status() -> None:
             {statement}
         """
         with python(*script(body), env=environment()) as process:
-            assert process.wait(timeout=10) == status, process.report()
+            assert process.wait() == status, process.report()
 
 
 def test_forked_workers_listen_and_publish_while_the_parent_goes_on() -> None:

@@ -61,7 +61,7 @@ def test_leaving_the_block_ends_the_process_and_its_children() -> None:
         family = psutil.Process(process.pid).children()
         assert len(family) == 1
     assert process.returncode == -signal.SIGKILL
-    gone, alive = psutil.wait_procs(family, timeout=5)
+    gone, alive = psutil.wait_procs(family, timeout=60)
     assert (len(gone), alive) == (1, [])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from django_pgnotify.dispatching.slots import Slots
 
-DEADLINE = 15.0
+DEADLINE = 45.0
 ROUNDS = 400
 
 

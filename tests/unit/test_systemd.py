@@ -14,7 +14,7 @@ import pytest
 
 from django_pgnotify.systemd import tell, watchdog_interval
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from django_pgnotify.dispatching.threads import Threads
 
-DEADLINE = 15.0
+DEADLINE = 45.0
 
 
 class Works:
