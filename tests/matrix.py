@@ -85,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 environments.append(Environment(python, django))
 
+    # The first pair and the last say most; where the time runs out the ones between are left out.
+    corners = {*environments[:1], *environments[-1:]}
+    environments.sort(key=lambda environment: environment not in corners)
+
     if arguments.list:
         for environment in environments:
             print(environment, interpreters[environment.python])
@@ -107,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
                 skipped.append(f"{cell}: the budget of {arguments.budget:g} min is spent")
                 continue
             lanes = left_out(
-                corner=environment in (environments[0], environments[-1]),
+                corner=environment in corners,
                 newest=pg == arguments.pg[0],
             )
             skipped += [f"{cell}: {lane} ({why})" for lane, why in lanes.items()]
