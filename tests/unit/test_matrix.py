@@ -41,9 +41,10 @@ def test_what_cannot_run_is_listed_with_the_reason(
     assert matrix.main(["--list"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "Python 3.11 · Django 5.2 /one/python3.11",
+        # The first and the last before those between.
+        "Python 3.13 · Django 6.1 /two/python3.13",
         "Python 3.13 · Django 5.2 /two/python3.13",
         "Python 3.13 · Django 6.0 /two/python3.13",
-        "Python 3.13 · Django 6.1 /two/python3.13",
         "skipped Python 3.12: no such interpreter here",
         "skipped Python 3.11 · Django 6.0: Django 6.0 needs Python 3.12 or newer",
         "skipped Python 3.11 · Django 6.1: Django 6.1 needs Python 3.12 or newer",
@@ -76,9 +77,9 @@ def test_an_environment_that_cannot_be_installed_fails_and_the_rest_goes_on(
     assert [" ".join(line.split()) for line in summary if line.startswith(("ok", "FAILED"))] == [
         "ok Python 3.13 · Django 5.2 · PostgreSQL 18 0 s 18 -k one",
         "ok Python 3.13 · Django 5.2 · PostgreSQL 16 0 s 16 -m not unit and not process -k one",
-        "FAILED Python 3.13 · Django 6.0 0 s not installed",
         "ok Python 3.13 · Django 6.1 · PostgreSQL 18 0 s 18 -k one",
         "ok Python 3.13 · Django 6.1 · PostgreSQL 16 0 s 16 -m not unit and not process -k one",
+        "FAILED Python 3.13 · Django 6.0 0 s not installed",
     ]
     assert [line for line in summary if line.startswith("skipped")] == [
         f"skipped Python 3.13 · Django {django} · PostgreSQL 16: {lane}"
