@@ -107,8 +107,7 @@ def test_what_is_swallowed_is_lost_and_its_connection_is_cut_at_the_end(
 ) -> None:
     ssl_request = bytes.fromhex("0000000804d2162f")  # answered by one byte
     with socket.create_connection((proxy.host, proxy.port), timeout=10) as raw:
-        raw.sendall(ssl_request)
-        assert len(raw.recv(9)) == 1
+        proxy.wait_for_connections(1)
         proxy.swallow()
         raw.sendall(ssl_request)
         raw.settimeout(0.3)
