@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from ..exceptions import UnsupportedDatabase
 from ..stats import publishing_stats
 from ..wire import FramePacker, Outgoing, reference_to
 from .statement import notify
-
-logger = logging.getLogger("django_pgnotify.publishing")
 
 
 class Transport(Protocol):
@@ -127,21 +124,6 @@ def current_transport() -> Transport:
 
 def is_default_transport() -> bool:
     return _transport is _default_transport
-
-
-def report_unsent(events: Sequence[Outgoing], using: str, exc: Exception) -> None:
-    """Count and log events that could not be sent after their commit; payloads are not logged."""
-    publishing_stats.add("publish_failed", len(events))
-    topics = sorted({event.topic for event in events})
-    logger.error(
-        "%d event(s) of topic(s) %s could not be sent on database %r after the commit: %s",
-        len(events),
-        ", ".join(topics),
-        using,
-        exc,
-        exc_info=exc,
-        extra={"topics": topics, "count": len(events), "using": using},
-    )
 
 
 def check_alias(using: object) -> str:

@@ -1,0 +1,180 @@
+"""Judged values in any cache of CACHES: a NearCache, or one that knows nothing of epochs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from django.core.cache import caches
+from django.core.cache.backends.base import DEFAULT_TIMEOUT, BaseCache
+
+from ..conf import conf
+from ..epochs.clock import NANOSECONDS, node_clock
+from ..epochs.mapped import HEARTBEAT
+from ..epochs.names import key_name
+from ..epochs.node import node_table
+from ..epochs.table import EpochTable, Lease, Snapshot
+from .feeding import keep_fed
+from .leases import current_load
+from .level import MISSING
+from .near import NearCache
+from .store import Counts
+from .stored import unwrap, wrap
+
+
+class Shelf:
+    """One cache alias, as ``cached`` and its kin use it."""
+
+    def __init__(self, alias: str) -> None:
+        self.alias = alias
+
+    def lease(self) -> Lease:
+        """This moment; take it before what is to be cached is read."""
+        return _table().lease()
+
+    def name_of(self, key: str, version: int | None = None) -> str:
+        """The name whose bump makes what is under a key stale."""
+        return name_of_key(self.alias, key, version)
+
+    def look(self, key: str, version: int | None = None) -> Any:
+        """The value under a key if it counts, else MISSING."""
+        backend = caches[self.alias]
+        if isinstance(backend, NearCache):
+            found = backend.get(key, MISSING, version)
+            if found is MISSING:
+                backend.forget_miss(key, version)
+            return found
+        table = _table()
+        if _is_bypassed(table):
+            return self._bypassed()
+        return self._judged(backend.get(key, version=version), table)
+
+    async def alook(self, key: str, version: int | None = None) -> Any:
+        """As :meth:`look`."""
+        backend = caches[self.alias]
+        if isinstance(backend, NearCache):
+            found = await backend.aget(key, MISSING, version)
+            if found is MISSING:
+                backend.forget_miss(key, version)
+            return found
+        table = _table()
+        if _is_bypassed(table):
+            return self._bypassed()
+        return self._judged(await backend.aget(key, version=version), table)
+
+    def put(
+        self,
+        key: str,
+        value: Any,
+        lease: Lease,
+        names: Iterable[str],
+        timeout: Any = DEFAULT_TIMEOUT,
+        version: int | None = None,
+        loaded_at: int | None = None,
+    ) -> bool:
+        """Store a value that was loaded after ``lease``; False where it may be stale already.
+
+        Args:
+            names: what it depends on beside its key.
+            loaded_at: when the oldest part of it was loaded, where that was before the lease.
+        """
+        backend = caches[self.alias]
+        if isinstance(backend, NearCache):
+            return backend.fill(key, value, lease, names, timeout, version, loaded_at)
+        snapshot = self._settle(backend, key, lease, names, version, loaded_at)
+        if snapshot is None:
+            return False
+        backend.set(key, wrap(value, snapshot, None), timeout, version=version)
+        return True
+
+    async def aput(
+        self,
+        key: str,
+        value: Any,
+        lease: Lease,
+        names: Iterable[str],
+        timeout: Any = DEFAULT_TIMEOUT,
+        version: int | None = None,
+        loaded_at: int | None = None,
+    ) -> bool:
+        """As :meth:`put`."""
+        backend = caches[self.alias]
+        if isinstance(backend, NearCache):
+            return await backend.afill(key, value, lease, names, timeout, version, loaded_at)
+        snapshot = self._settle(backend, key, lease, names, version, loaded_at)
+        if snapshot is None:
+            return False
+        await backend.aset(key, wrap(value, snapshot, None), timeout, version=version)
+        return True
+
+    def _judged(self, stored: Any, table: EpochTable) -> Any:
+        found = None if stored is None else unwrap(stored, table)
+        if found is None:
+            count(self.alias, "misses" if stored is None else "stale")
+            return MISSING
+        load = current_load()
+        if load is not None:
+            load.add(found.snapshot.names, found.snapshot.at)
+        count(self.alias, "hits", found.snapshot.names)
+        return found.value
+
+    def _bypassed(self) -> Any:
+        count(self.alias, "bypassed")
+        return MISSING
+
+    def _settle(
+        self,
+        backend: BaseCache,
+        key: str,
+        lease: Lease,
+        names: Iterable[str],
+        version: int | None,
+        loaded_at: int | None,
+    ) -> Snapshot | None:
+        own = key_name(self.alias, backend.make_key(key, version))
+        names = (own, *dict.fromkeys(names))
+        snapshot = _table().settle(lease, names)
+        count(self.alias, "refused" if snapshot is None else "fills", names)
+        if snapshot is not None and loaded_at is not None:
+            return snapshot._replace(at=min(loaded_at, snapshot.at))
+        return snapshot
+
+
+def name_of_key(alias: str, key: str, version: int | None = None) -> str:
+    """The name of a key of a cache alias; raises InvalidCacheBackendError if there is none."""
+    backend = caches[alias]
+    space = backend.level.space if isinstance(backend, NearCache) else alias
+    return key_name(space, backend.make_key(key, version))
+
+
+def _table() -> EpochTable:
+    table = node_table()
+    now = node_clock()
+    if now >= table.checked_until:
+        table.verify(now)
+    if table.path is None:
+        keep_fed(table)
+    return table
+
+
+def _is_bypassed(table: EpochTable) -> bool:
+    limit = conf.MAX_STALENESS
+    return limit is not None and node_clock() - table.words[HEARTBEAT] > limit * NANOSECONDS
+
+
+_counts: dict[str, Counts] = {}
+_guard = threading.Lock()
+
+
+def count(alias: str, what: str, names: Iterable[str] = ()) -> None:
+    """Count what happened to a look-up through a stock backend."""
+    with _guard:
+        counts = _counts.setdefault(alias, Counts())
+        counts.add(what, [name[2:] for name in names if name.startswith("t:")])
+
+
+def counts_of_stock() -> dict[str, dict[str, Any]]:
+    """Counts of this process by alias of a stock backend."""
+    with _guard:
+        return {alias: counts.as_dict() for alias, counts in _counts.items()}
