@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import time
-from typing import Any
 
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
@@ -135,8 +134,3 @@ def unpack(stored: bytes) -> HttpResponse:
         response.headers["Age"] = str(max(0, int(time.time() - made_at)))
     page: HttpResponse = response
     return page
-
-
-def names(value: Any) -> tuple[str, ...]:
-    """The headers of ``vary=``, as given or alone."""
-    return (value,) if isinstance(value, str) else tuple(value)
