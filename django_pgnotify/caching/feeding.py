@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from ..conf import conf
+from ..epochs.clock import node_clock
+from ..epochs.node import node_table
 from ..epochs.table import EpochTable
 from ..listening.background import Subscription, background_listener
 from ..listening.feed import EpochFeed
@@ -20,8 +22,19 @@ from ..stats import Stats
 logger = logging.getLogger("django_pgnotify.caching")
 
 
+def current_table() -> EpochTable:
+    """The node's epoch table, looked at anew where that is due, and fed."""
+    table = node_table()
+    now = node_clock()
+    if now >= table.checked_until:
+        table.verify(now)
+    if table.path is None:
+        keep_fed(table)
+    return table
+
+
 def announce(names: Iterable[str]) -> None:
-    """Tell all nodes, in the background, that these are stale."""
+    """Tell all other nodes, in the background, that these are stale; this one has been told."""
     announcer.put(names)
 
 

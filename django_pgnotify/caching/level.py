@@ -14,10 +14,10 @@ from django.core.cache.backends.base import memcache_key_warnings
 from ..epochs.clock import NANOSECONDS, node_clock
 from ..epochs.mapped import HEARTBEAT
 from ..epochs.names import derived_name, key_name, space_name
-from ..epochs.node import node_table
 from ..epochs.table import EpochTable, Lease, Snapshot
 from . import leases
-from .feeding import announce, keep_fed
+from .feeding import announce, current_table
+from .frozen import Frozen
 from .leases import current_load
 from .options import NearOptions
 from .store import Entry, expiry, store_of
@@ -34,7 +34,7 @@ class NearLevel:
         self.space = space
         self.options = options
         self.store = store_of(space)
-        self.table: EpochTable = node_table()
+        self.table: EpochTable = current_table()
         staleness = options.max_staleness
         self.limit = float("inf") if staleness is None else staleness * NANOSECONDS
 
@@ -50,12 +50,7 @@ class NearLevel:
         return node_clock() - self.table.words[HEARTBEAT] > self.limit
 
     def _look_at_table(self) -> None:
-        self.table = table = node_table()
-        now = node_clock()
-        if now >= table.checked_until:
-            table.verify(now)
-        if table.path is None:
-            keep_fed(table)
+        self.table = current_table()
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -100,12 +95,12 @@ class NearLevel:
         self._put(full, found.value, expiry(rest), found.snapshot)
         self.store.count("second_level_hits", tags)
         _tell_load(found.snapshot)
-        return found.value
+        return found.value.thaw()
 
     # -- storing --------------------------------------------------------------------------------
 
     def set(
-        self, full: str, value: Any, seconds: float | None, extra: tuple[str, ...]
+        self, full: str, value: Frozen, seconds: float | None, extra: tuple[str, ...]
     ) -> Snapshot | None:
         """Store a value, as the fill of the miss before it or as a change.
 
@@ -132,7 +127,7 @@ class NearLevel:
     def fill(
         self,
         full: str,
-        value: Any,
+        value: Frozen,
         seconds: float | None,
         extra: tuple[str, ...],
         lease: Lease,
@@ -151,7 +146,7 @@ class NearLevel:
         return snapshot
 
     def _assert(
-        self, full: str, value: Any, seconds: float | None, names: tuple[str, ...]
+        self, full: str, value: Frozen, seconds: float | None, names: tuple[str, ...]
     ) -> Snapshot | None:
         stamp = self._bump([key_name(self.space, full)])
         snapshot = self.table.capture(names)
@@ -162,7 +157,7 @@ class NearLevel:
         self.store.count("fills", _tags_in(names))
         return snapshot
 
-    def derive(self, full: str, old: Entry, value: Any, expires: int) -> Snapshot:
+    def derive(self, full: str, old: Entry, value: Frozen, expires: int) -> Snapshot:
         """Put a value in the place of the one it was made of; returns what it is stored under.
 
         Its key's epoch stays that of the old value: an invalidation of that ends this one too.
@@ -205,7 +200,7 @@ class NearLevel:
             announce(names)
         return stamp
 
-    def _put(self, full: str, value: Any, expires: int, snapshot: Snapshot) -> None:
+    def _put(self, full: str, value: Frozen, expires: int, snapshot: Snapshot) -> None:
         odd = any(memcache_key_warnings(full))
         entry = Entry(value, expires, snapshot, _tags(snapshot), odd=odd)
         self.store.put(full, entry, self.options.max_entries, self.options.cull_frequency)

@@ -25,10 +25,11 @@ from ..epochs.mapped import HEARTBEAT
 from ..epochs.names import check_tags, tag_name
 from ..epochs.table import Lease, Snapshot
 from . import leases
+from .frozen import FLAT, PLAIN, Frozen, afreeze, freeze
 from .leases import current_load
 from .level import MISSING, NearLevel
 from .options import NearOptions
-from .store import NEVER, PLAIN, expiry
+from .store import NEVER, expiry
 from .stored import wrap
 
 
@@ -94,7 +95,10 @@ class NearCache(BaseCache):
                 load = current_load()
                 if load is not None:
                     load.add(entry.snapshot.names, entry.snapshot.at)
-                return entry.payload if entry.kind is PLAIN else loads(entry.payload)
+                kind, payload = entry.kind, entry.payload
+                if kind is PLAIN:
+                    return payload
+                return payload.copy() if kind is FLAT else loads(payload)
         found = self._look(full)
         second = self.second_level if found is MISSING else None
         if second is not None and not self.level.is_bypassed:
@@ -163,9 +167,9 @@ class NearCache(BaseCache):
         tags: Iterable[str] = (),
     ) -> None:
         """Store a value. ``tags`` name what else it depends on, see ``invalidate_tags``."""
-        full = self.make_and_validate_key(key, version)
+        full, frozen = self.make_and_validate_key(key, version), freeze(value)
         seconds = self._seconds(timeout)
-        self._write(full, value, seconds, self.level.set(full, value, seconds, _names(tags)))
+        self._write(full, frozen, seconds, self.level.set(full, frozen, seconds, _names(tags)))
 
     async def aset(
         self,
@@ -176,19 +180,20 @@ class NearCache(BaseCache):
         *,
         tags: Iterable[str] = (),
     ) -> None:
-        full = self.make_and_validate_key(key, version)
+        full, frozen = self.make_and_validate_key(key, version), await afreeze(value)
         seconds = self._seconds(timeout)
-        await self._awrite(full, value, seconds, self.level.set(full, value, seconds, _names(tags)))
+        snapshot = self.level.set(full, frozen, seconds, _names(tags))
+        await self._awrite(full, frozen, seconds, snapshot)
 
     def _write(
-        self, full: str, value: Any, seconds: float | None, snapshot: Snapshot | None
+        self, full: str, value: Frozen, seconds: float | None, snapshot: Snapshot | None
     ) -> None:
         second = self.second_level
         if second is not None and snapshot is not None:
             second.set(full, wrap(value, snapshot, seconds), seconds)
 
     async def _awrite(
-        self, full: str, value: Any, seconds: float | None, snapshot: Snapshot | None
+        self, full: str, value: Frozen, seconds: float | None, snapshot: Snapshot | None
     ) -> None:
         second = self.second_level
         if second is not None and snapshot is not None:
@@ -202,7 +207,8 @@ class NearCache(BaseCache):
         *,
         tags: Iterable[str] = (),
     ) -> list[Any]:
-        seconds, wrapped = self._set_many_near(data, timeout, version, tags)
+        frozen = {key: freeze(value) for key, value in data.items()}
+        seconds, wrapped = self._set_many_near(frozen, timeout, version, tags)
         second = self.second_level if wrapped else None
         if second is not None:
             second.set_many(wrapped, seconds)
@@ -216,14 +222,15 @@ class NearCache(BaseCache):
         *,
         tags: Iterable[str] = (),
     ) -> list[Any]:
-        seconds, wrapped = self._set_many_near(data, timeout, version, tags)
+        frozen = {key: await afreeze(value) for key, value in data.items()}
+        seconds, wrapped = self._set_many_near(frozen, timeout, version, tags)
         second = self.second_level if wrapped else None
         if second is not None:
             await second.aset_many(wrapped, seconds)
         return []
 
     def _set_many_near(
-        self, data: Mapping[Any, Any], timeout: Any, version: int | None, tags: Iterable[str]
+        self, data: Mapping[Any, Frozen], timeout: Any, version: int | None, tags: Iterable[str]
     ) -> tuple[float | None, dict[str, Any]]:
         """Store values near; returns their seconds, and what the second level is to have."""
         seconds, extra = self._seconds(timeout), _names(tags)
@@ -244,19 +251,19 @@ class NearCache(BaseCache):
         *,
         tags: Iterable[str] = (),
     ) -> bool:
-        full = self.make_and_validate_key(key, version)
+        full, frozen = self.make_and_validate_key(key, version), freeze(value)
         seconds, second = self._seconds(timeout), self.second_level
         if second is None:
-            return self._add_near(full, value, seconds, _names(tags))
+            return self._add_near(full, frozen, seconds, _names(tags))
         if self.level.entry(full) is not None:
             return False
         there = second.get(full)
         if self.level.promote(full, there) is not MISSING:
             return False
-        snapshot = self.level.set(full, value, seconds, _names(tags))
+        snapshot = self.level.set(full, frozen, seconds, _names(tags))
         if snapshot is None:
             return True
-        stored = wrap(value, snapshot, seconds)
+        stored = wrap(frozen, snapshot, seconds)
         if there is not None:  # it does not count
             second.set(full, stored, seconds)
             return True
@@ -271,26 +278,26 @@ class NearCache(BaseCache):
         *,
         tags: Iterable[str] = (),
     ) -> bool:
-        full = self.make_and_validate_key(key, version)
+        full, frozen = self.make_and_validate_key(key, version), await afreeze(value)
         seconds, second = self._seconds(timeout), self.second_level
         if second is None:
-            return self._add_near(full, value, seconds, _names(tags))
+            return self._add_near(full, frozen, seconds, _names(tags))
         if self.level.entry(full) is not None:
             return False
         there = await second.aget(full)
         if self.level.promote(full, there) is not MISSING:
             return False
-        snapshot = self.level.set(full, value, seconds, _names(tags))
+        snapshot = self.level.set(full, frozen, seconds, _names(tags))
         if snapshot is None:
             return True
-        stored = wrap(value, snapshot, seconds)
+        stored = wrap(frozen, snapshot, seconds)
         if there is not None:
             await second.aset(full, stored, seconds)
             return True
         return self._added(full, await second.aadd(full, stored, seconds))
 
     def _add_near(
-        self, full: str, value: Any, seconds: float | None, extra: tuple[str, ...]
+        self, full: str, value: Frozen, seconds: float | None, extra: tuple[str, ...]
     ) -> bool:
         with self.level.store.changing:
             if self.level.entry(full) is not None:
@@ -309,8 +316,8 @@ class NearCache(BaseCache):
         full = self.make_and_validate_key(key, version)
         if self.get(key, MISSING, version) is MISSING:
             return False
-        value, seconds, snapshot = self._touch_near(full, self._seconds(timeout))
-        self._write(full, value, seconds, snapshot)
+        frozen, seconds, snapshot = self._touch_near(full, self._seconds(timeout))
+        self._write(full, frozen, seconds, snapshot)
         return True
 
     async def atouch(
@@ -319,48 +326,49 @@ class NearCache(BaseCache):
         full = self.make_and_validate_key(key, version)
         if await self.aget(key, MISSING, version) is MISSING:
             return False
-        value, seconds, snapshot = self._touch_near(full, self._seconds(timeout))
-        await self._awrite(full, value, seconds, snapshot)
+        frozen, seconds, snapshot = self._touch_near(full, self._seconds(timeout))
+        await self._awrite(full, frozen, seconds, snapshot)
         return True
 
     def _touch_near(
         self, full: str, seconds: float | None
-    ) -> tuple[Any, float | None, Snapshot | None]:
+    ) -> tuple[Frozen, float | None, Snapshot | None]:
         with self.level.store.changing:
             entry = self.level.entry(full)
             if entry is None or (seconds is not None and seconds <= 0):
                 self.level.change([full])
-                return None, seconds, None
-            value = entry.value
+                return freeze(None), seconds, None
+            value = Frozen(entry.kind, entry.payload)
             return value, seconds, self.level.derive(full, entry, value, expiry(seconds))
 
     def incr(self, key: Any, delta: int = 1, version: int | None = None) -> Any:
         full = self.make_and_validate_key(key, version)
         if self.second_level is not None:
             self.get(key, MISSING, version)  # near, if it is anywhere
-        value, seconds, snapshot = self._incr_near(full, key, delta)
-        self._write(full, value, seconds, snapshot)
+        value, frozen, seconds, snapshot = self._incr_near(full, key, delta)
+        self._write(full, frozen, seconds, snapshot)
         return value
 
     async def aincr(self, key: Any, delta: int = 1, version: int | None = None) -> Any:
         full = self.make_and_validate_key(key, version)
         if self.second_level is not None:
             await self.aget(key, MISSING, version)
-        value, seconds, snapshot = self._incr_near(full, key, delta)
-        await self._awrite(full, value, seconds, snapshot)
+        value, frozen, seconds, snapshot = self._incr_near(full, key, delta)
+        await self._awrite(full, frozen, seconds, snapshot)
         return value
 
     def _incr_near(
         self, full: str, key: Any, delta: int
-    ) -> tuple[Any, float | None, Snapshot | None]:
+    ) -> tuple[Any, Frozen, float | None, Snapshot | None]:
         with self.level.store.changing:
             entry = self.level.entry(full)
             if entry is None:
                 raise ValueError(f"Key {key!r} not found")
             value = entry.value + delta
+            frozen = freeze(value)
             rest = (entry.until - node_clock()) / NANOSECONDS
             seconds = None if entry.until == NEVER else rest
-            return value, seconds, self.level.derive(full, entry, value, entry.until)
+            return value, frozen, seconds, self.level.derive(full, entry, frozen, entry.until)
 
     async def adecr(self, key: Any, delta: int = 1, version: int | None = None) -> Any:
         return await self.aincr(key, -delta, version)
@@ -419,8 +427,9 @@ class NearCache(BaseCache):
     ) -> bool:
         """Store a value that was loaded after ``lease``; False where it may be stale already."""
         full, seconds = self.make_and_validate_key(key, version), self._seconds(timeout)
-        snapshot = self.level.fill(full, value, seconds, tuple(names), lease, loaded_at)
-        self._write(full, value, seconds, snapshot)
+        frozen = freeze(value)
+        snapshot = self.level.fill(full, frozen, seconds, tuple(names), lease, loaded_at)
+        self._write(full, frozen, seconds, snapshot)
         return snapshot is not None
 
     async def afill(
@@ -435,8 +444,9 @@ class NearCache(BaseCache):
     ) -> bool:
         """As :meth:`fill`."""
         full, seconds = self.make_and_validate_key(key, version), self._seconds(timeout)
-        snapshot = self.level.fill(full, value, seconds, tuple(names), lease, loaded_at)
-        await self._awrite(full, value, seconds, snapshot)
+        frozen = await afreeze(value)
+        snapshot = self.level.fill(full, frozen, seconds, tuple(names), lease, loaded_at)
+        await self._awrite(full, frozen, seconds, snapshot)
         return snapshot is not None
 
     def forget_miss(self, key: str, version: int | None = None) -> None:

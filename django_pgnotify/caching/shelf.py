@@ -13,9 +13,9 @@ from ..conf import conf
 from ..epochs.clock import NANOSECONDS, node_clock
 from ..epochs.mapped import HEARTBEAT
 from ..epochs.names import key_name
-from ..epochs.node import node_table
 from ..epochs.table import EpochTable, Lease, Snapshot
-from .feeding import keep_fed
+from .feeding import current_table
+from .frozen import PLAIN, Frozen
 from .leases import current_load
 from .level import MISSING
 from .near import NearCache
@@ -31,7 +31,7 @@ class Shelf:
 
     def lease(self) -> Lease:
         """This moment; take it before what is to be cached is read."""
-        return _table().lease()
+        return current_table().lease()
 
     def name_of(self, key: str, version: int | None = None) -> str:
         """The name whose bump makes what is under a key stale."""
@@ -45,7 +45,7 @@ class Shelf:
             if found is MISSING:
                 backend.forget_miss(key, version)
             return found
-        table = _table()
+        table = current_table()
         if _is_bypassed(table):
             return self._bypassed()
         return self._judged(backend.get(key, version=version), table)
@@ -58,7 +58,7 @@ class Shelf:
             if found is MISSING:
                 backend.forget_miss(key, version)
             return found
-        table = _table()
+        table = current_table()
         if _is_bypassed(table):
             return self._bypassed()
         return self._judged(await backend.aget(key, version=version), table)
@@ -85,7 +85,7 @@ class Shelf:
         snapshot = self._settle(backend, key, lease, names, version, loaded_at)
         if snapshot is None:
             return False
-        backend.set(key, wrap(value, snapshot, None), timeout, version=version)
+        backend.set(key, wrap(Frozen(PLAIN, value), snapshot, None), timeout, version=version)
         return True
 
     async def aput(
@@ -105,7 +105,9 @@ class Shelf:
         snapshot = self._settle(backend, key, lease, names, version, loaded_at)
         if snapshot is None:
             return False
-        await backend.aset(key, wrap(value, snapshot, None), timeout, version=version)
+        await backend.aset(
+            key, wrap(Frozen(PLAIN, value), snapshot, None), timeout, version=version
+        )
         return True
 
     def _judged(self, stored: Any, table: EpochTable) -> Any:
@@ -117,7 +119,7 @@ class Shelf:
         if load is not None:
             load.add(found.snapshot.names, found.snapshot.at)
         count(self.alias, "hits", found.snapshot.names)
-        return found.value
+        return found.value.thaw()
 
     def _bypassed(self) -> Any:
         count(self.alias, "bypassed")
@@ -134,7 +136,7 @@ class Shelf:
     ) -> Snapshot | None:
         own = key_name(self.alias, backend.make_key(key, version))
         names = (own, *dict.fromkeys(names))
-        snapshot = _table().settle(lease, names)
+        snapshot = current_table().settle(lease, names)
         count(self.alias, "refused" if snapshot is None else "fills", names)
         if snapshot is not None and loaded_at is not None:
             return snapshot._replace(at=min(loaded_at, snapshot.at))
@@ -146,16 +148,6 @@ def name_of_key(alias: str, key: str, version: int | None = None) -> str:
     backend = caches[alias]
     space = backend.level.space if isinstance(backend, NearCache) else alias
     return key_name(space, backend.make_key(key, version))
-
-
-def _table() -> EpochTable:
-    table = node_table()
-    now = node_clock()
-    if now >= table.checked_until:
-        table.verify(now)
-    if table.path is None:
-        keep_fed(table)
-    return table
 
 
 def _is_bypassed(table: EpochTable) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -12,9 +11,7 @@ from typing import Any
 from ..epochs.clock import NANOSECONDS, node_clock
 from ..epochs.names import derived_name, key_name, space_name
 from ..epochs.table import Snapshot
-
-PLAIN, PICKLED = range(2)
-"""How the payload of an entry is held: as it is, or as a pickle of it."""
+from .frozen import Frozen
 
 NEVER = 1 << 63
 
@@ -22,8 +19,6 @@ MOST_TAGS = 200
 """Tags that are counted apart; those that come later are counted together, as ``OTHER_TAGS``."""
 
 OTHER_TAGS = "(others)"
-
-_IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
 class Entry:
@@ -34,12 +29,9 @@ class Entry:
     )  # fmt: skip
 
     def __init__(
-        self, value: Any, expires: int, snapshot: Snapshot, tags: tuple[str, ...], *, odd: bool
+        self, value: Frozen, expires: int, snapshot: Snapshot, tags: tuple[str, ...], *, odd: bool
     ) -> None:
-        if type(value) in _IMMUTABLE:
-            self.kind, self.payload = PLAIN, value
-        else:
-            self.kind, self.payload = PICKLED, pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        self.kind, self.payload = value
         self.until = expires
         """Reading of ``node_clock`` at which it expires."""
         # An odd key is warned of at each use, which the quick way does not.
@@ -52,7 +44,7 @@ class Entry:
 
     @property
     def value(self) -> Any:
-        return self.payload if self.kind == PLAIN else pickle.loads(self.payload)
+        return Frozen(self.kind, self.payload).thaw()
 
     @property
     def is_expired(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ..conf import conf
 from ..epochs.clock import time_of
 from ..epochs.table import EpochTable, Snapshot
+from .frozen import Frozen
 
 _MARK = "django_pgnotify:1"
 _MICROSECONDS = 1_000_000
@@ -22,14 +23,14 @@ _MICROSECONDS = 1_000_000
 class Found(NamedTuple):
     """A value that counts, with the epochs that it counts under on this node."""
 
-    value: Any
+    value: Frozen
     snapshot: Snapshot
     expires: float | None
     """Seconds since 1970; None for never."""
 
 
-def wrap(value: Any, snapshot: Snapshot, timeout: float | None) -> tuple[Any, ...]:
-    """``value`` as it is stored. A plain tuple, so that any serializer can carry it."""
+def wrap(value: Frozen, snapshot: Snapshot, timeout: float | None) -> tuple[Any, ...]:
+    """``value`` as it is stored: a plain tuple, which any serializer can carry."""
     expires = None if timeout is None else time.time() + timeout
     return (
         _MARK,
@@ -38,19 +39,19 @@ def wrap(value: Any, snapshot: Snapshot, timeout: float | None) -> tuple[Any, ..
         list(snapshot.names),
         list(snapshot.epochs),
         expires,
-        value,
+        *value,
     )
 
 
 def is_wrapped(stored: object) -> bool:
-    return isinstance(stored, (tuple, list)) and len(stored) == 7 and stored[0] == _MARK
+    return isinstance(stored, (tuple, list)) and len(stored) == 8 and stored[0] == _MARK
 
 
 def unwrap(stored: object, table: EpochTable) -> Found | None:
     """What is in ``stored`` if it counts now; None where it is stale or of somebody else's."""
     if not isinstance(stored, (tuple, list)) or not is_wrapped(stored):
         return None
-    _, made_by, at, names, epochs, expires, value = stored
+    _, made_by, at, names, epochs, expires, kind, payload = stored
     now = table.capture(names)  # before it is judged
     if made_by == now.table:
         if list(now.epochs) != list(epochs):
@@ -61,4 +62,4 @@ def unwrap(stored: object, table: EpochTable) -> Found | None:
             return None
     if expires is not None and expires <= time.time():
         return None
-    return Found(value, now._replace(at=at), expires)
+    return Found(Frozen(kind, payload), now._replace(at=at), expires)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from ..registry import Registry, registry
 from .names import EVERYTHING, INVALIDATIONS, model_tag, tag_name
+from .node import node_table
+from .table import EpochTable
 
 logger = logging.getLogger("django_pgnotify.caching")
 
@@ -85,13 +87,19 @@ def names_of(
 
 
 def announced(data: Any) -> list[str]:
-    """The names in an event of ``INVALIDATIONS``; everything, where it is not one of ours."""
+    """The names in an event of ``INVALIDATIONS``; everything, where it is not one of ours.
+
+    None for the node that they come from: what it has stored since then is newer.
+    """
     names = data.get("names") if isinstance(data, dict) else None
+    if names is not None and data.get("table") == f"{node_table().id:x}":
+        return []
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return names
     return [EVERYTHING]
 
 
-def announcement(names: Iterable[str]) -> dict[str, Any]:
-    """The data of an event that announces ``names``."""
-    return {"names": list(names)}
+def announcement(names: Iterable[str], table: EpochTable | None = None) -> dict[str, Any]:
+    """The data of an event that announces ``names``; ``table`` has them bumped already."""
+    data: dict[str, Any] = {"names": list(names)}
+    return data if table is None else data | {"table": f"{table.id:x}"}

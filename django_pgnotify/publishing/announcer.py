@@ -199,11 +199,12 @@ class Announcer:
 
 
 def _events(names: list[str]) -> list[Outgoing]:
+    table = node_table()
     return [
         encode_event(
             INVALIDATIONS,
             "published",
-            data=announcement(names[start : start + NAMES_PER_EVENT]),
+            data=announcement(names[start : start + NAMES_PER_EVENT], table),
             at=time.time(),
             encoder=ENCODER,
             event_id=new_event_id(),
