@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+import time
 import unittest
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -21,6 +22,9 @@ from django.test import TestCase, override_settings
 theirs: Any = importlib.import_module("cache.tests")
 
 BACKEND = os.environ.get("CACHE_BACKEND", "django_pgnotify.caching.NearCache")
+
+#: The runs of several variants share a table, and must not share the caches of this name.
+LOCATION = f"run-{os.getpid()}"
 
 #: Tests that do not fit a variant: part of ``Class.method`` to the reason.
 EXCEPTIONS = {
@@ -41,6 +45,7 @@ def setting(**params: Any) -> dict[str, dict[str, Any]]:
     for alias, own in theirs._caches_setting_base.items():
         aliases[alias] = {
             "BACKEND": BACKEND,
+            "LOCATION": LOCATION,
             **own,
             **params,
             "OPTIONS": {**options, **own.get("OPTIONS", {})},
@@ -103,6 +108,15 @@ class NearCacheAsync(NearCacheBase, TestCase):
 class NearCacheInProcessTable(NearCacheBase, TestCase):
     """Without a file: this process listens for itself."""
 
+    def setUp(self) -> None:
+        super().setUp()
+        # Until it hears itself nothing is cached.
+        deadline = time.monotonic() + 60
+        while cache.get_or_set("heard", 1) and cache.get("heard") is None:
+            assert time.monotonic() < deadline, "this process does not hear itself"
+            time.sleep(0.01)
+        cache.delete("heard")
+
 
 SECOND = {
     "second": {
@@ -121,7 +135,7 @@ class NearCacheSecondLevel(NearCacheBase, TestCase):
 def on_near_cache(case: type) -> type:
     """A class of Django's tests that uses LocMemCache, on the backend under test."""
     aliases = {
-        alias: {**entry, "BACKEND": BACKEND}
+        alias: {**entry, "BACKEND": BACKEND, "LOCATION": f"{LOCATION}-{entry.get('LOCATION')}"}
         for alias, entry in case._overridden_settings["CACHES"].items()  # type: ignore[attr-defined]
     }
     return override_settings(CACHES=aliases)(type(f"NearCache{case.__name__}", (case,), {}))
