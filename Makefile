@@ -7,6 +7,8 @@
 #                    event (SEED=7; FAULTS=1000; MEMORY=1: a million events through one listener)
 # make model-check   durable topics: random writers, consumers that crash, every event accounted for
 #                    (SEED=7; SECONDS=60; EVENTS=100000)
+# make cache-check   caches on two nodes: writers, readers and faults, no read staler than promised
+#                    (SEED=7; SECONDS=60)
 # make bench         measure it beside others, write docs/benchmarks  (ARGS='--only caches' keeps the rest)
 # make bench-quick   the same in three minutes, smaller, into .bench/  (ARGS='--only burst')
 # make lint          the first three of make test
@@ -107,6 +109,12 @@ EVENTS ?= 100000
 
 model-check: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.faults.model.run --seconds $(SECONDS) --events $(EVENTS) \
+	  $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+.PHONY: cache-check
+
+cache-check: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.faults.caches.run --seconds $(SECONDS) \
 	  $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # ---- the benchmarks ----------------------------------------------------------------------------
