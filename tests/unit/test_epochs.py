@@ -113,9 +113,9 @@ def test_nothing_stale_is_ever_current_and_with_enough_slots_nothing_current_sta
                 leases.append((table.lease(), set()))
                 continue
             for _, _, bumped in captured:
-                bumped |= gone
+                bumped.update(gone)
             for _, bumped in leases:
-                bumped |= gone
+                bumped.update(gone)
         for snapshot, depends_on, bumped in captured:
             stale = not depends_on.isdisjoint(bumped)
             assert not (stale and table.is_current(snapshot))
@@ -245,7 +245,7 @@ def test_a_table_of_before_the_last_boot_is_kept_and_all_in_it_is_stale(path: st
         (lambda path: path.write_bytes(b"x" * size_of(256)), "does not begin as one"),
         (lambda path: path.write_bytes(b"short"), "5 bytes"),
         (lambda path: path.mkdir(), "cannot be opened"),
-        (lambda path: os.mkfifo(path), "no regular file"),
+        (os.mkfifo, "no regular file"),
         (lambda path: path.symlink_to("elsewhere"), "symbolic link"),
     ],
     ids=["another's content", "too short", "folder", "pipe", "link"],
