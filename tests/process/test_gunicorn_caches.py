@@ -19,7 +19,7 @@ from django.db import connection
 
 from example_project.demo_check import Browser
 from example_project.embedded import HOST, free_port
-from tests.process.cached_site.pages import WORKERS
+from tests.process.cached_site import WORKERS
 from tests.processes import Process, database_environ
 from tests.testapp.models import Order
 

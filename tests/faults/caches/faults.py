@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import ClassVar
 
-from tests.faults.caches.models import NUMBERS, ROWS
 from tests.faults.caches.nodes import Node
 
 LONGEST = 3.2
@@ -22,10 +21,12 @@ class Fault:
     Attributes:
         kind: what a person calls it.
         on_listener: whether it needs a node with a ``pglisten``.
+        writer: the writer that it needs, if any.
     """
 
     kind: ClassVar[str]
     on_listener: ClassVar[bool] = False
+    writer: ClassVar[str | None] = None
 
     def __init__(self, node: Node, chance: random.Random) -> None:
         self.node = node
@@ -159,6 +160,7 @@ class CutWriter(Fault):
     """Its COMMIT may be in doubt, or its NOTIFY have no connection any more."""
 
     kind = "writers' connections cut"
+    writer = "steady"
 
     def begin(self) -> None:
         self.node.writing.disconnect(reset=self.chance.random() < 0.5)
@@ -168,13 +170,13 @@ class KillWriter(Fault):
     """One whose NOTIFY is part of its transaction, so that nothing can come between."""
 
     kind = "writer killed"
-    name = "mortal"
+    writer = "mortal"
 
     def begin(self) -> None:
-        self.node.writers[self.name].kill()
+        self.node.writers["mortal"].kill()
 
     def end(self) -> None:
-        self.node.start_writer(self.name, range(ROWS, len(NUMBERS)))
+        self.node.start_writer("mortal")
 
 
 class RestartServer(Fault):
@@ -217,5 +219,6 @@ def draw(nodes: list[Node], chance: random.Random, only: str = "") -> Iterator[F
         chance.shuffle(kinds)
         for kind in kinds:
             able = [n for n in nodes if not kind.on_listener or n.listener is not None]
-            able = [n for n in able if not issubclass(kind, CutWriter | KillWriter) or n.writers]
-            yield kind(chance.choice(able), chance)
+            able = [n for n in able if kind.writer is None or kind.writer in n.writers]
+            if able:
+                yield kind(chance.choice(able), chance)

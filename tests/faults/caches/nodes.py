@@ -18,6 +18,12 @@ from tests.proxy import TCPProxy
 
 SETTINGS = "tests.faults.caches.settings"
 DATABASE = "caches"
+WRITERS = {
+    "steady": range(len(NUMBERS)),
+    # Only rows whose NOTIFY is part of the transaction survive that their writer is killed.
+    "mortal": range(ROWS, len(NUMBERS)),
+}
+"""By name, the rows that a writer writes."""
 
 
 class Node:
@@ -51,12 +57,12 @@ class Node:
         self.listener = self._run("-m", "django", "pglisten")
         return self.listener
 
-    def start_writers(self) -> None:
-        # Only rows whose NOTIFY is part of the transaction survive that their writer is killed.
-        self.start_writer("steady", range(len(NUMBERS)))
-        self.start_writer("mortal", range(ROWS, len(NUMBERS)))
+    def start_writers(self, *names: str) -> None:
+        for name in names:
+            self.start_writer(name)
 
-    def start_writer(self, name: str, rows: range) -> None:
+    def start_writer(self, name: str) -> None:
+        rows = WRITERS[name]
         number = self.deployment.next_writer()
         self.writers[name] = self._run(
             *("-m", "tests.faults.caches", "writer", str(number), str(self.number)),
@@ -65,11 +71,14 @@ class Node:
             url=self.writing.url(self.deployment.url),
         )
 
-    def start_readers(self) -> None:
+    def start_readers(self, *, alone: bool, forked: int) -> None:
+        """One that is started, or ``forked`` of one that has filled its caches, or both."""
         seed = f"{self.deployment.seed} readers of {self.number}"
-        programs: list[tuple[str, ...]] = [("reader", "alone", seed, str(self.folder))]
-        if not self.lone:
-            programs.append(("forking", "forked", seed, str(self.folder), "2"))
+        programs: list[tuple[str, ...]] = []
+        if alone:
+            programs.append(("reader", "alone", seed, str(self.folder)))
+        if forked:
+            programs.append(("forking", "forked", seed, str(self.folder), str(forked)))
         self.readers = [self._run("-m", "tests.faults.caches", *each) for each in programs]
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.faults.caches.run import Outcome
 
 SHOWN = 10
-LEAST_HITS = 0.2
+LEAST_HITS = 0.05
 """Share of the reads of a way that a cache must have answered, or nothing was checked."""
 OUTCOMES = {
     COMMITTED: "committed",

@@ -80,6 +80,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", metavar="REGEX", help="only kinds of fault that match"
     )
+    parser.add_argument(
+        "--small", action="store_true", help="fewer processes, so that it begins sooner"
+    )
     parser.add_argument("--pg", type=int, choices=(16, 18), default=18, help="server version")
     parser.add_argument("--verbose", action="store_true", help="say each fault as it happens")
     return parser.parse_args()
@@ -108,7 +111,7 @@ def _run(options: argparse.Namespace, seed: str, folder: Path) -> int:
 
         deployment = stack.enter_context(Deployment(folder, seed, version=options.pg))
         _prepare(deployment)
-        prober = _start(deployment)
+        prober = _start(deployment, small=options.small)
         outcome = Outcome()
         try:
             _play(options, deployment, prober, random.Random(seed), outcome)
@@ -138,27 +141,34 @@ def _prepare(deployment: Deployment) -> None:
     connections.close_all()
 
 
-def _start(deployment: Deployment) -> Prober:
-    """Two nodes with a ``pglisten`` each, and a process by itself."""
-
+def _start(deployment: Deployment, *, small: bool) -> Prober:
+    """Two nodes with a ``pglisten`` each and, unless it is to be small, a process by itself."""
     from tests.faults.caches.prober import Prober
 
-    for lone in (False, False, True):
+    for lone in (False, False) if small else (False, False, True):
         deployment.add_node(lone=lone)
     shared = [node for node in deployment.nodes if not node.lone]
     for node in shared:
-        node.start_listener().wait_for_line("^pglisten: ready")
-    prober = Prober({node.number: _table(node) for node in shared})
-    prober.start()
+        node.start_listener()
     for node in deployment.nodes:
-        node.start_readers()
-    for node in shared:
-        node.start_writers()
+        first = node.number == 0
+        if node.lone:
+            node.start_readers(alone=True, forked=0)
+        elif small:
+            node.start_readers(alone=not first, forked=1 if first else 0)
+            node.start_writers("steady" if first else "mortal")
+        else:
+            node.start_readers(alone=True, forked=2)
+            node.start_writers("steady", "mortal")
     for node in deployment.nodes:
+        if node.listener is not None:
+            node.listener.wait_for_line("^pglisten: ready", timeout=60)
         for process in node.readers:
             process.wait_for_line("^reading", timeout=60)
         for process in node.writers.values():
             process.wait_for_line("^writing", timeout=60)
+    prober = Prober({node.number: _table(node) for node in shared})
+    prober.start()
     return prober
 
 

@@ -12,11 +12,11 @@ from django.http import HttpRequest, JsonResponse
 from django.urls import path
 
 from django_pgnotify.caching import cached
+from tests.process.cached_site import WORKERS
 from tests.process.cached_site.settings import FOLDER
 from tests.testapp.models import Order
 
 DEADLINE = 30.0
-WORKERS = 4
 
 if not admin.site.is_registered(Order):
     admin.site.register(Order)
