@@ -18,6 +18,7 @@ from ..listening.feed import EpochFeed
 from ..listening.intake import Intake
 from ..publishing.announcer import announcer
 from ..stats import Stats
+from .reporting import report_when_due
 
 logger = logging.getLogger("django_pgnotify.caching")
 
@@ -30,6 +31,8 @@ def current_table() -> EpochTable:
         table.verify(now)
     if table.path is None:
         keep_fed(table)
+    else:
+        report_when_due(table.path, now)
     return table
 
 

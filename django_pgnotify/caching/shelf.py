@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,15 +18,21 @@ from .frozen import PLAIN, Frozen
 from .leases import current_load
 from .level import MISSING
 from .near import NearCache
-from .store import Counts
+from .reporting import count
 from .stored import unwrap, wrap
 
 
 class Shelf:
     """One cache alias, as ``cached`` and its kin use it."""
 
-    def __init__(self, alias: str) -> None:
+    def __init__(self, alias: str, backend: NearCache | None = None) -> None:
         self.alias = alias
+        self._backend = backend
+
+    @property
+    def backend(self) -> Any:
+        """Django's cache for it, of this thread or task."""
+        return caches[self.alias] if self._backend is None else self._backend
 
     def lease(self) -> Lease:
         """This moment; take it before what is to be cached is read."""
@@ -35,11 +40,11 @@ class Shelf:
 
     def name_of(self, key: str, version: int | None = None) -> str:
         """The name whose bump makes what is under a key stale."""
-        return name_of_key(self.alias, key, version)
+        return _name_of(self.backend, self.alias, key, version)
 
     def look(self, key: str, version: int | None = None) -> Any:
         """The value under a key if it counts, else MISSING."""
-        backend = caches[self.alias]
+        backend = self.backend
         if isinstance(backend, NearCache):
             found = backend.get(key, MISSING, version)
             if found is MISSING:
@@ -52,7 +57,7 @@ class Shelf:
 
     async def alook(self, key: str, version: int | None = None) -> Any:
         """As :meth:`look`."""
-        backend = caches[self.alias]
+        backend = self.backend
         if isinstance(backend, NearCache):
             found = await backend.aget(key, MISSING, version)
             if found is MISSING:
@@ -79,7 +84,7 @@ class Shelf:
             names: what it depends on beside its key.
             loaded_at: when the oldest part of it was loaded, where that was before the lease.
         """
-        backend = caches[self.alias]
+        backend = self.backend
         if isinstance(backend, NearCache):
             return backend.fill(key, value, lease, names, timeout, version, loaded_at)
         snapshot = self._settle(backend, key, lease, names, version, loaded_at)
@@ -99,7 +104,7 @@ class Shelf:
         loaded_at: int | None = None,
     ) -> bool:
         """As :meth:`put`."""
-        backend = caches[self.alias]
+        backend = self.backend
         if isinstance(backend, NearCache):
             return await backend.afill(key, value, lease, names, timeout, version, loaded_at)
         snapshot = self._settle(backend, key, lease, names, version, loaded_at)
@@ -145,7 +150,10 @@ class Shelf:
 
 def name_of_key(alias: str, key: str, version: int | None = None) -> str:
     """The name of a key of a cache alias; raises InvalidCacheBackendError if there is none."""
-    backend = caches[alias]
+    return _name_of(caches[alias], alias, key, version)
+
+
+def _name_of(backend: Any, alias: str, key: str, version: int | None) -> str:
     space = backend.level.space if isinstance(backend, NearCache) else alias
     return key_name(space, backend.make_key(key, version))
 
@@ -153,20 +161,3 @@ def name_of_key(alias: str, key: str, version: int | None = None) -> str:
 def _is_bypassed(table: EpochTable) -> bool:
     limit = conf.MAX_STALENESS
     return limit is not None and node_clock() - table.words[HEARTBEAT] > limit * NANOSECONDS
-
-
-_counts: dict[str, Counts] = {}
-_guard = threading.Lock()
-
-
-def count(alias: str, what: str, names: Iterable[str] = ()) -> None:
-    """Count what happened to a look-up through a stock backend."""
-    with _guard:
-        counts = _counts.setdefault(alias, Counts())
-        counts.add(what, [name[2:] for name in names if name.startswith("t:")])
-
-
-def counts_of_stock() -> dict[str, dict[str, Any]]:
-    """Counts of this process by alias of a stock backend."""
-    with _guard:
-        return {alias: counts.as_dict() for alias, counts in _counts.items()}

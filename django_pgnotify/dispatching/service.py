@@ -321,7 +321,7 @@ class Service:
             "waiting": self.dispatcher.waiting,
             "running": self.dispatcher.running,
             "consumers": len(self.durable.held),
-            "epoch_table": None if self.feed is None else self.feed.table.path,
+            **({"epoch_table": None, "caches": {}} if self.feed is None else self.feed.status()),
             "counts": self.stats.snapshot(),
             "at": datetime.now(UTC).isoformat(),
         }

@@ -12,8 +12,10 @@ import logging
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import partial
+from typing import Any
 
 from ..conf import conf
+from ..epochs.counts import busiest, latest_counts
 from ..epochs.names import EVERYTHING
 from ..epochs.rules import heard_topics, names_of
 from ..epochs.table import EpochTable
@@ -22,6 +24,9 @@ from ..templates import fields_of
 from ..wire import wire_channel
 
 logger = logging.getLogger("django_pgnotify.caching")
+
+MOST_TAGS_TOLD = 10
+"""Tags of a cache that a status names: those that were looked up most."""
 
 
 class EpochFeed:
@@ -34,6 +39,23 @@ class EpochFeed:
         self.channels = frozenset(wire_channel(topic, prefix) for topic in self.topics)
         self._since: int | None = None
         """The id of the table that all was heard for since its last heartbeat; None: not all."""
+
+    def status(self) -> dict[str, Any]:
+        """The table and the caches of this node, as plain values."""
+        table = self.table
+        heartbeat = table.heartbeat
+        counts = {} if table.path is None else latest_counts(table.path)
+        return {
+            "epoch_table": {
+                "path": table.path,
+                "age": round(table.age(), 3) if heartbeat else None,
+                "problem": table.problem or None,
+            },
+            "caches": {
+                alias: {**of_alias, "tags": busiest(of_alias.get("tags", {}), MOST_TAGS_TOLD)}
+                for alias, of_alias in counts.items()
+            },
+        }
 
     def apply(self, events: Sequence[Event]) -> None:
         """Make stale what these events tell of."""
