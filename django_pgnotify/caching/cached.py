@@ -14,6 +14,7 @@ from ..exceptions import InvalidArgument
 from ..registry import is_coroutine_callable, is_model
 from .keys import Arguments, key_maker
 from .loading import Place, aload, load, names_of_dependencies
+from .shelf import Shelf
 from .tags import invalidate_keys
 
 P = ParamSpec("P")
@@ -79,6 +80,9 @@ def cached(
 class CachedFunction(Generic[P, R]):
     """A function whose results are cached; calling it looks in the cache first."""
 
+    __name__: str
+    __wrapped__: Callable[P, R]
+
     def __init__(
         self,
         func: Callable[P, R],
@@ -124,7 +128,9 @@ class CachedFunction(Generic[P, R]):
 
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
         key = self._make_key(*args, **kwargs)
-        return Place(self.cache, key, self._version, self._timeout, self._names(args, kwargs))
+        return Place(
+            Shelf(self.cache), key, self._version, self._timeout, self._names(args, kwargs)
+        )
 
     def _names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         if not self._tags:
@@ -225,7 +231,7 @@ def _place_of(
         raise InvalidArgument(f"key= takes a non-empty string; got {key!r}.")
     _check_cache(cache)
     declare_use()
-    return Place(cache, key, version, timeout, names_of_dependencies(depends_on, tags))
+    return Place(Shelf(cache), key, version, timeout, names_of_dependencies(depends_on, tags))
 
 
 def _check_cache(cache: object) -> None:

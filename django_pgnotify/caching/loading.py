@@ -23,15 +23,16 @@ from .transactions import in_transaction, publish, touched_names
 class Place(NamedTuple):
     """Where a value belongs, and what it depends on."""
 
-    alias: str
+    shelf: Shelf
     key: str
     version: int | None
     timeout: Any
     names: tuple[str, ...]
 
     @property
-    def shelf(self) -> Shelf:
-        return Shelf(self.alias)
+    def name(self) -> str:
+        """What it is known by in this process: one for all aliases of one store."""
+        return self.shelf.name_of(self.key, self.version)
 
 
 def names_of_dependencies(depends_on: Any, tags: Iterable[str]) -> tuple[str, ...]:
@@ -79,13 +80,13 @@ def model_tag_of(source: Any) -> str:
 def lookup(alias: str, key: str, version: int | None = None) -> Any:
     """The cached value of a key, MISSING where there is none that counts, or MISSING where this
     transaction has changed what it depends on."""
-    place = Place(alias, key, version, None, ())
+    place = Place(Shelf(alias), key, version, None, ())
     return _look(place)
 
 
 async def alookup(alias: str, key: str, version: int | None = None) -> Any:
     """As :func:`lookup`."""
-    return await _alook(Place(alias, key, version, None, ()))
+    return await _alook(Place(Shelf(alias), key, version, None, ()))
 
 
 class StoreLease:
@@ -96,9 +97,9 @@ class StoreLease:
     """
 
     def __init__(self, alias: str, names: tuple[str, ...]) -> None:
-        self._alias = alias
+        self._shelf = Shelf(alias)
         self._names = names
-        self._lease = Shelf(alias).lease()
+        self._lease = self._shelf.lease()
         self._load = Load()
         self._contexts: list[Any] = []
 
@@ -115,14 +116,14 @@ class StoreLease:
         self, key: str, value: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None
     ) -> bool:
         """Cache a value; False where it may be stale already, or waits for a COMMIT."""
-        place = Place(self._alias, key, version, timeout, self._names)
+        place = Place(self._shelf, key, version, timeout, self._names)
         return _store(place, value, self._lease, self._load)
 
     async def astore(
         self, key: str, value: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None
     ) -> bool:
         """As :meth:`store`."""
-        place = Place(self._alias, key, version, timeout, self._names)
+        place = Place(self._shelf, key, version, timeout, self._names)
         return await _astore(place, value, self._lease, self._load)
 
 
@@ -150,7 +151,7 @@ def load(place: Place, loader: Callable[[], Any]) -> Any:
         _store(place, value, lease, parts)
         return value
 
-    return fly((place.alias, place.key, place.version), partial(_look, place), run)
+    return fly(place.name, partial(_look, place), run)
 
 
 async def aload(place: Place, loader: Callable[[], Awaitable[Any]]) -> Any:
@@ -166,7 +167,7 @@ async def aload(place: Place, loader: Callable[[], Awaitable[Any]]) -> Any:
         await _astore(place, value, lease, parts)
         return value
 
-    return await afly((place.alias, place.key, place.version), partial(_alook, place), run)
+    return await afly(place.name, partial(_alook, place), run)
 
 
 def _look(place: Place) -> Any:
@@ -226,4 +227,4 @@ def _tell_outer(place: Place, lease: Lease, parts: Load, names: tuple[str, ...])
     outer = current_load()
     if outer is not None:
         at = lease.at if parts.at is None else min(lease.at, parts.at)
-        outer.add((place.shelf.name_of(place.key, place.version), *names), at)
+        outer.add((place.name, *names), at)

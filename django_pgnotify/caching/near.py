@@ -12,6 +12,7 @@ it.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterable, Mapping
 from pickle import loads
@@ -412,6 +413,46 @@ class NearCache(BaseCache):
     def close(self, **kwargs: Any) -> None:
         """The end of a request: misses that nobody filled are forgotten."""
         leases.forget(self.level.space)
+
+    def get_or_set(
+        self,
+        key: Any,
+        default: Any,
+        timeout: Any = DEFAULT_TIMEOUT,
+        version: int | None = None,
+        *,
+        tags: Iterable[str] = (),
+    ) -> Any:
+        """The value of a key; where there is none, ``default``, called if it can be, is stored.
+
+        As ``cached`` promises: one thread of a process calls it, and what it reads from caches is
+        what the value depends on.
+        """
+        from .loading import Place, load
+        from .shelf import Shelf
+
+        place = Place(Shelf("", self), key, version, timeout, _names(tags))
+        return load(place, default if callable(default) else lambda: default)
+
+    async def aget_or_set(
+        self,
+        key: Any,
+        default: Any,
+        timeout: Any = DEFAULT_TIMEOUT,
+        version: int | None = None,
+        *,
+        tags: Iterable[str] = (),
+    ) -> Any:
+        """As :meth:`get_or_set`; ``default`` may be async."""
+        from .loading import Place, aload
+        from .shelf import Shelf
+
+        async def loader() -> Any:
+            value = default() if callable(default) else default
+            return await value if inspect.isawaitable(value) else value
+
+        place = Place(Shelf("", self), key, version, timeout, _names(tags))
+        return await aload(place, loader)
 
     # -- for cached() and its kin -----------------------------------------------------------------
 

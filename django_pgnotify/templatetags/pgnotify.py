@@ -17,6 +17,7 @@ from django.template.context import Context
 
 from django_pgnotify.caching.fragments import fragment_key
 from django_pgnotify.caching.loading import Place, load, names_of_dependencies
+from django_pgnotify.caching.shelf import Shelf
 from django_pgnotify.epochs.use import declare_use
 from django_pgnotify.exceptions import PgNotifyError
 
@@ -99,7 +100,8 @@ class CachedNode(Node):
         except PgNotifyError as exc:
             raise self._error(str(exc)) from exc
         key = fragment_key(self.fragment, *(each.resolve(context) for each in self.vary_on))
-        return Place(self._alias(given.get("using")), key, None, self._seconds(context), names)
+        shelf = Shelf(self._alias(given.get("using")))
+        return Place(shelf, key, None, self._seconds(context), names)
 
     def _seconds(self, context: Context) -> float | None:
         value = self.timeout.resolve(context)

@@ -44,6 +44,7 @@ def near_caches(settings: Any, folder: Path, **options: Any) -> Iterator[None]:
     }
     for store in all_stores():
         store.clear()
+        store.forked()  # counts begin anew
     try:
         yield
     finally:
