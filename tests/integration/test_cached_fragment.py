@@ -12,10 +12,8 @@ from django.core.cache import caches
 from django.db import transaction
 from django.template import Context, Template, TemplateSyntaxError
 
-from django_pgnotify.caching import invalidate_tags
-from django_pgnotify.caching.fragments import fragment_key
+from django_pgnotify.caching import fragment_key, invalidate_tags, lookup
 from django_pgnotify.caching.level import MISSING
-from django_pgnotify.caching.loading import lookup
 from django_pgnotify.registry import Registry
 from tests.integration.caching import near_caches
 from tests.integration.test_cached_view import in_another_thread

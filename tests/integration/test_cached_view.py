@@ -25,8 +25,7 @@ from django.urls import path
 from django.utils.decorators import method_decorator
 from django.views import View
 
-from django_pgnotify.caching import cached, invalidate_tags
-from django_pgnotify.caching.views import cached_view
+from django_pgnotify.caching import cached, cached_view, invalidate_tags
 from django_pgnotify.exceptions import InvalidArgument
 from django_pgnotify.registry import Registry
 from tests.integration.caching import near_caches
