@@ -124,8 +124,11 @@ def test_a_write_in_doubt_counts_from_the_moment_somebody_wrote_on_top_of_it(out
     assert rules([TWO[0], doubtful], read(1, 99.0)) == []
     found = [TWO[0], doubtful, write(3, 2, 30.0)]
     assert rules(found, read(1, 30.0)) == []
-    assert rules(found, read(1, 30.01)) == ["own write"]
     assert rules(found, read(2, 31.0)) == []
+    # It was acknowledged to nobody, so neither its node nor a probe makes it seen at once.
+    assert rules(found, read(1, 30.15), probes=(probe(30.11, 30.12),)) == []
+    assert rules(found, read(1, 32.01)) == ["too old"]
+    assert rules(found, read(1, 30.35), probes=(probe(30.3, 30.31),)) == ["overtaken"]
 
 
 def test_what_contradicts_the_chain_is_no_verdict() -> None:

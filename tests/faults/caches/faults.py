@@ -157,13 +157,15 @@ class SecondListener(_ListenerFault):
 
 
 class CutWriter(Fault):
-    """Its COMMIT may be in doubt, or its NOTIFY have no connection any more."""
+    """A COMMIT may be in doubt, or a NOTIFY have no connection any more; many times over."""
 
     kind = "writers' connections cut"
     writer = "steady"
 
     def begin(self) -> None:
-        self.node.writing.disconnect(reset=self.chance.random() < 0.5)
+        for _ in range(12):
+            self.node.writing.disconnect(reset=self.chance.random() < 0.5)
+            time.sleep(self.chance.uniform(0.0, 0.15))
 
 
 class KillWriter(Fault):

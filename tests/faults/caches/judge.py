@@ -1,10 +1,13 @@
 """Says whether a read was staler than it may be. Pure.
 
 A row has versions: the chain of the writes of it that were committed. A version is *acknowledged*
-when its writer's outermost block has returned; from then on an older value is stale, and
+when its writer's outermost block has returned; from then on an older value is stale. A write in
+doubt that was committed all the same was acknowledged to nobody; an older value counts as stale
+from when its writer had given up on it and somebody else held the row's lock. Then
+
 
 ``too old``
-    the read began more than MAX_STALENESS after a newer version was acknowledged, on any node;
+    the read began more than MAX_STALENESS after the value had become stale;
 ``overtaken``
     the read began after the node's table had an invalidation that was published after a newer
     version was acknowledged. Whether the listener was healthy is thereby measured, not guessed;
@@ -59,12 +62,14 @@ class Chain:
 
     Attributes:
         place: of each stamp, its place.
-        stale_from: when a value of that place became stale: a newer version was acknowledged.
+        stale_from: when a value of that place became stale.
+        told_from: when a newer version was acknowledged.
         stale_on: the same by node, counting its own writers only.
     """
 
     place: Mapping[int, int]
     stale_from: Sequence[int]
+    told_from: Sequence[int]
     stale_on: Mapping[int, Sequence[int]]
 
 
@@ -74,8 +79,7 @@ def chains(
     """The versions of each row, from the stamp that it ended with back to the first.
 
     The outcome of a write whose writer does not know it follows from the chain: it was committed
-    if somebody found it. It counts as acknowledged once its writer had given up on it and its
-    successor held the row's lock.
+    if somebody found it.
 
     Raises:
         ValueError: the chain and what a writer was told contradict each other.
@@ -93,19 +97,20 @@ def _chain(writes: Mapping[int, Write], last: int, nodes: Sequence[int]) -> Chai
     while stamps[-1]:
         stamps.append(writes[stamps[-1]].before)
     stamps.reverse()
-    acknowledged, own = [0], {node: [0] for node in nodes}
+    known, told, own = [0], [0], {node: [0] for node in nodes}
     for stamp, after in pairwise([*stamps[1:], 0]):
         write = writes[stamp]
         if write.outcome == COMMITTED:
-            known = write.done
+            known.append(write.done)
         else:
-            known = max(write.done, writes[after].locked) if after else NEVER
-        acknowledged.append(known)
+            known.append(max(write.done, writes[after].locked) if after else NEVER)
+        told.append(write.done if write.outcome == COMMITTED else NEVER)
         for node in nodes:
-            own[node].append(known if node == write.node else NEVER)
+            own[node].append(told[-1] if node == write.node else NEVER)
     return Chain(
         {stamp: place for place, stamp in enumerate(stamps)},
-        _soonest_after(acknowledged),
+        _soonest_after(known),
+        _soonest_after(told),
         {node: _soonest_after(times) for node, times in own.items()},
     )
 
@@ -173,7 +178,7 @@ def judge(
         verdict.stalest = max(verdict.stalest, (read.begun - stale_from) / 1e9)
         if read.begun > stale_from + allowed:
             violated("too old", stale_from)
-        elif stale_from < applied.until(read.begun):
-            violated("overtaken", stale_from)
+        elif chain.told_from[place] < applied.until(read.begun):
+            violated("overtaken", chain.told_from[place])
         elif hit:
             verdict.stale[read.way] += 1

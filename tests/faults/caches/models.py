@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from django.db import models
+from django.db import connection, models
 
 from django_pgnotify import notify_changes
 
@@ -56,6 +56,27 @@ def stamp_of(row: int) -> int:
 async def astamp_of(row: int) -> int:
     stamps = model_of(row)._default_manager.values_list("stamp", flat=True)
     return int(await stamps.aget(pk=pk_of(row)))
+
+
+SLOW_COMMITS = """
+    CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF random() < 0.1 THEN PERFORM pg_sleep(random() * 0.06); END IF;
+        RETURN NULL;
+    END $$
+"""
+SLOW_COMMITS_OF = """
+    CREATE CONSTRAINT TRIGGER dawdle AFTER UPDATE ON {} DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION dawdle()
+"""
+"""Some COMMITs take their time, so that they can be interrupted."""
+
+
+def slow_commits_down() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(SLOW_COMMITS)
+        for model in MODELS:
+            cursor.execute(SLOW_COMMITS_OF.format(model._meta.db_table))
 
 
 def create_rows() -> None:

@@ -130,7 +130,7 @@ def _prepare(deployment: Deployment) -> None:
     from django.core.management import call_command
     from django.db import connections
 
-    from tests.faults.caches.models import create_rows
+    from tests.faults.caches.models import create_rows, slow_commits_down
     from tests.settings import database_settings
 
     for alias in connections:
@@ -138,6 +138,7 @@ def _prepare(deployment: Deployment) -> None:
     call_command("migrate", run_syncdb=True, verbosity=0)
     call_command("createcachetable", settings.CACHES["database"]["LOCATION"], verbosity=0)
     create_rows()
+    slow_commits_down()
     connections.close_all()
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from django.db import Error, connection, transaction
 
 from django_pgnotify.caching import invalidate_tags, model_tag
+from django_pgnotify.publishing.announcer import announcer
+from django_pgnotify.stats import publishing_stats
 from tests.faults.caches.models import Row, model_of, pk_of
 from tests.faults.caches.records import (
     COMMITTED,
@@ -31,6 +33,7 @@ from tests.faults.caches.ways import Way, declared_tag, row_tag, timed, ways
 
 LONGEST_PAUSE = 0.1
 PAUSE_AFTER_FAILURE = 0.1
+ANNOUNCED_WITHIN = 30.0
 STAMPS = 1_000_000
 """Stamps that one life of a writer may give out."""
 
@@ -211,6 +214,7 @@ class Attempt:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
+        failed = publishing_stats["publish_failed"]
         try:
             yield
         except BaseException:
@@ -218,6 +222,9 @@ class Attempt:
                 self._written, time.monotonic_ns(), IN_DOUBT if self._leaving else ROLLED_BACK
             )
             raise
+        if publishing_stats["publish_failed"] != failed:
+            # Others know of it once the announcer has reached the server again.
+            announcer.flush(ANNOUNCED_WITHIN)
         self._note(self._written, time.monotonic_ns(), COMMITTED)
 
     def _note(self, written: Iterable[tuple[int, int, int, int]], done: int, outcome: int) -> None:
