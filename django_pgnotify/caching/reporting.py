@@ -75,6 +75,8 @@ def _write(table: str) -> None:
     try:
         _file.write(cache_counts())
         _failed = False
+    except BlockingIOError:
+        pass  # somebody adds them up: next time
     except OSError as exc:
         if not _failed:
             logger.warning("The counts of caches cannot be written beside %r: %s", table, exc)

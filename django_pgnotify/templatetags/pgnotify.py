@@ -93,6 +93,9 @@ class CachedNode(Node):
 
     def _place(self, context: Context) -> Place:
         given = {name: value.resolve(context) for name, value in self.options.items()}
+        for name, value in given.items():
+            if value is None or value == "":  # a variable that is not there, as a template has it
+                raise self._error(f"{name}={self.options[name]} is {value!r}; is it misspelt?")
         try:
             names = names_of_dependencies(
                 list(_models(given.get("depends_on"))), list(_words(given.get("tags")))

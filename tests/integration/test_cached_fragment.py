@@ -204,10 +204,13 @@ def test_a_malformed_tag_is_refused_when_the_template_is_compiled(
         ("60 it depends_on='testapp.Tag'", "publishes no changes"),
         ("60 it depends_on=number", "depends_on= takes"),
         ("60 it tags=number", "tags"),
+        ("60 it depends_on=ordrs", "depends_on=ordrs is ''; is it misspelt"),
+        ("60 it tags=none", "tags=none is None"),
+        ("60 it tags=''", "tags='' is ''"),
     ],
 )
 def test_what_cannot_be_is_said_when_it_is_rendered(arguments: str, says: str) -> None:
-    page = Page(arguments, number=7)
+    page = Page(arguments, number=7, none=None)
     with pytest.raises(TemplateSyntaxError, match=says) as raised:
         page()
     assert "{% cached … it %}" in str(raised.value)
