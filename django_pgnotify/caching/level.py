@@ -67,7 +67,6 @@ class NearLevel:
 
     def entry(self, full: str) -> Entry | None:
         """The entry of a key if it counts. What else happened is counted, the hit is not."""
-        # The lease of a miss is older than the look at the entry.
         bypassed = self.is_bypassed
         found = self.store.entries.get(full)
         if bypassed:

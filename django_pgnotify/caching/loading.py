@@ -12,12 +12,14 @@ from django.core.cache.backends.base import DEFAULT_TIMEOUT
 from ..epochs.names import check_tags, model_tag, tag_name
 from ..epochs.table import Lease
 from ..exceptions import InvalidArgument
-from ..registry import is_model, registry
+from ..registry import is_model, model_label, registry
 from .flights import afly, fly
 from .leases import Load, current_load, loading
 from .level import MISSING
 from .shelf import Shelf
 from .transactions import in_transaction, publish, touched_names
+
+_CHANGES = frozenset({"created", "updated", "deleted"})
 
 
 class Place(NamedTuple):
@@ -68,13 +70,24 @@ def model_tag_of(source: Any) -> str:
         raise InvalidArgument(
             f"depends_on= takes model classes, their labels or saved instances; got {source!r}."
         )
-    tag = model_tag(model)
-    if tag.removeprefix("model:") not in registry.publications and apps.ready:
+    if apps.ready:
+        _check_publication(model)
+    return model_tag(model, row)
+
+
+def _check_publication(model: Any) -> None:
+    publication = registry.publications.get(model_label(model))
+    if publication is None:
         raise InvalidArgument(
             f"depends_on= names {model._meta.label}, which publishes no changes: decorate it with "
             f"@notify_changes or add it to PGNOTIFY_MODELS."
         )
-    return model_tag(model, row)
+    missing = _CHANGES - (publication.actions or _CHANGES)
+    if missing:
+        raise InvalidArgument(
+            f"depends_on= names {model._meta.label}, of which nothing is published when a row is "
+            f"{' or '.join(sorted(missing))}: take actions= off its notify_changes()."
+        )
 
 
 def lookup(alias: str, key: str, version: int | None = None) -> Any:

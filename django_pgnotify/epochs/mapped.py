@@ -7,7 +7,6 @@ to. Nothing here ever shortens a file: to touch a mapped page that is gone would
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import secrets
@@ -16,6 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from ..exceptions import InvalidEpochTable
 from .clock import WRITERS, boot_id, wall_clock
@@ -28,6 +32,9 @@ _MAGIC = int.from_bytes(b"pgnepoch", "little")
 
 # Words of the header.
 MAGIC, VERSION, SLOTS, TABLE_ID, BOOT_ID, OWNER, WRITER, GLOBAL, HEARTBEAT, LATEST = range(10)
+
+IS_SUPPORTED = fcntl is not None
+"""Whether processes can share a table here; where not, each has its own."""
 
 MODE = 0o600
 LOCK_TIMEOUT = 5.0
@@ -65,8 +72,7 @@ def map_file(path: str, slots: int, owner: int) -> Mapping:
     with _locked(path) as fd:
         if os.fstat(fd).st_size == 0:
             try:
-                # Reserved, not only promised: a full file system would show at some later access.
-                os.posix_fallocate(fd, 0, size_of(slots))
+                _reserve(fd, size_of(slots))
             except OSError as exc:
                 raise InvalidEpochTable(
                     f"Epoch table {path!r}: {exc.strerror}; it takes {size_of(slots)} bytes."
@@ -81,6 +87,19 @@ def map_file(path: str, slots: int, owner: int) -> Mapping:
             _unmap(words)
             raise
         return Mapping(words, identity_of(status))
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Have the file be so many zero bytes.
+
+    That they are promised is not enough: on a full file system an access would kill the process.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+        return
+    written = 0
+    while written < size:  # macOS
+        written += os.pwrite(fd, bytes(size - written), written)
 
 
 def claim_writer(path: str, identity: tuple[int, int, int], words: memoryview) -> int:
@@ -115,6 +134,10 @@ def _locked(path: str) -> Iterator[int]:
 
 
 def _open(path: str) -> int:
+    if not IS_SUPPORTED:
+        raise InvalidEpochTable(
+            f"Epoch table {path!r}: this platform has no flock; set PGNOTIFY_EPOCH_TABLE = None."
+        )
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, flags, MODE)

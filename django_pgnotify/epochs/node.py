@@ -14,6 +14,7 @@ from django.db import connections
 
 from ..conf import AUTO, conf
 from .clock import node_clock
+from .mapped import IS_SUPPORTED
 from .table import EpochTable
 
 _SHARED_MEMORY = "/dev/shm"
@@ -50,6 +51,8 @@ def table_path() -> str | None:
 def _place() -> tuple[str | None, int, str]:
     """Path, slots and owner of the table that the settings name."""
     path, slots = conf.EPOCH_TABLE, conf.EPOCH_SLOTS
+    if path == AUTO and not IS_SUPPORTED:
+        path = None
     owner = "" if path is None else _owner(everything=path == AUTO)
     return default_path(owner, slots) if path == AUTO else path, slots, owner
 

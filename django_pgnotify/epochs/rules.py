@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from ..registry import Registry, registry
 from .names import EVERYTHING, INVALIDATIONS, model_tag, tag_name
-from .node import node_table
 from .table import EpochTable
 
 logger = logging.getLogger("django_pgnotify.caching")
@@ -87,16 +86,19 @@ def names_of(
 
 
 def announced(data: Any) -> list[str]:
-    """The names in an event of ``INVALIDATIONS``; everything, where it is not one of ours.
-
-    None for the node that they come from: what it has stored since then is newer.
-    """
+    """The names in an event of ``INVALIDATIONS``; everything, where it is not one of ours."""
     names = data.get("names") if isinstance(data, dict) else None
-    if names is not None and data.get("table") == f"{node_table().id:x}":
-        return []
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return names
     return [EVERYTHING]
+
+
+def is_known_to(table: EpochTable, data: Any) -> bool:
+    """Whether ``table`` had the names in ``data`` bumped before they were announced.
+
+    What its node has stored since then is newer.
+    """
+    return isinstance(data, dict) and data.get("table") == f"{table.id:x}"
 
 
 def announcement(names: Iterable[str], table: EpochTable | None = None) -> dict[str, Any]:

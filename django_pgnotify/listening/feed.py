@@ -16,8 +16,8 @@ from typing import Any
 
 from ..conf import conf
 from ..epochs.counts import busiest, latest_counts
-from ..epochs.names import EVERYTHING
-from ..epochs.rules import heard_topics, names_of
+from ..epochs.names import EVERYTHING, INVALIDATIONS
+from ..epochs.rules import heard_topics, is_known_to, names_of
 from ..epochs.table import EpochTable
 from ..events import Event
 from ..templates import fields_of
@@ -61,6 +61,8 @@ class EpochFeed:
         """Make stale what these events tell of."""
         names: set[str] = set()
         for event in events:
+            if event.topic == INVALIDATIONS and is_known_to(self.table, event.data):
+                continue
             if event.topic in self.topics:
                 names.update(
                     names_of(

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterable
+from multiprocessing.util import Finalize
 from typing import Any
 
 from django.db import Error, connections
@@ -125,7 +127,10 @@ class Announcer:
             self._thread = None
         if not self._registered:
             self._registered = True
-            atexit.register(self.close)
+            if multiprocessing.parent_process() is None:
+                atexit.register(self.close)
+            else:  # such a child ends without running exit handlers
+                Finalize(None, self.close, exitpriority=10)
 
     # -- the thread -------------------------------------------------------------------------
 

@@ -18,12 +18,11 @@ from ..conf import conf
 from ..epochs.use import is_in_use
 from ..stats import publishing_stats
 from ..wire import Outgoing
-from .announcer import announcer
 from .buffer import FIRST_PORTION, CommitBuffer, Run, encoded, runs_of
 from .committed import bump, names_of_events, names_of_runs
 from .sender import is_default_transport, packer_in_use
 from .statement import FRAMES_PER_STATEMENT, Frame, can_ride, commit_and_notify
-from .unsent import report_unsent
+from .unsent import in_doubt, report_unsent
 
 
 def let_events_ride(connection: BaseDatabaseWrapper, buffer: CommitBuffer) -> None:
@@ -47,15 +46,10 @@ def let_events_ride(connection: BaseDatabaseWrapper, buffer: CommitBuffer) -> No
         if not names:
             commit_runs(runs)
             return
-        raw = connection.connection
-        pid = raw.pgconn.backend_pid if isinstance(raw, psycopg.Connection) else 0
         try:
             commit_runs(runs)
         except BaseException:
-            if pid and raw.closed:
-                # The server may have carried it out, or be at it still.
-                bump(names)
-                announcer.put(names, behind=pid)
+            in_doubt(names, connection)
             raise
         bump(names)
 

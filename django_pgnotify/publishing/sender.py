@@ -81,9 +81,21 @@ def own_connection(using: str) -> BaseDatabaseWrapper:
 
 def _note_process(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
     setattr(connection, _OPENED_BY, os.getpid())
+    pgconn = getattr(connection.connection, "pgconn", None)
+    setattr(connection, _BACKEND, 0 if pgconn is None else pgconn.backend_pid)
+
+
+def lost_backend(connection: BaseDatabaseWrapper) -> int | None:
+    """Pid of the server process that a broken connection had; None if it is not broken.
+
+    It may be carrying out still what it was last told.
+    """
+    raw = connection.connection
+    return getattr(connection, _BACKEND, 0) if getattr(raw, "closed", False) else None
 
 
 _OPENED_BY = "_pgnotify_opened_by"
+_BACKEND = "_pgnotify_backend"
 _inherited: list[Any] = []
 connection_created.connect(_note_process, dispatch_uid="django_pgnotify")
 

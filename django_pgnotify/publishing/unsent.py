@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from django.db.backends.base.base import BaseDatabaseWrapper
+
 from ..epochs.use import is_in_use
 from ..stats import publishing_stats
 from ..wire import Outgoing
 from .announcer import announcer
-from .committed import names_of_events
+from .committed import bump, names_of_events
+from .sender import lost_backend
 
 logger = logging.getLogger("django_pgnotify.publishing")
 
@@ -32,6 +35,15 @@ def report_unsent(events: Sequence[Outgoing], using: str, exc: Exception) -> Non
         extra={"topics": topics, "count": len(events), "using": using},
     )
     announce_events(events)
+
+
+def in_doubt(names: set[str], connection: BaseDatabaseWrapper) -> None:
+    """A statement that would have changed rows failed: unless the server said so itself, what they
+    invalidate is stale, and once more when the server has certainly come to an end with it."""
+    pid = lost_backend(connection)
+    if names and pid is not None:
+        bump(names)
+        announcer.put(names, behind=pid)
 
 
 def announce_events(events: Sequence[Outgoing]) -> None:
