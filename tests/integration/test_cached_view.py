@@ -24,11 +24,12 @@ from django.test.utils import override_settings
 from django.urls import path
 from django.utils.decorators import method_decorator
 from django.views import View
+from django.views.decorators.cache import cache_page
 
 from django_pgnotify.caching import cached, cached_view, invalidate_tags
 from django_pgnotify.exceptions import InvalidArgument
 from django_pgnotify.registry import Registry
-from tests.integration.caching import near_caches
+from tests.integration.caching import near_caches, until
 from tests.testapp.models import Article, Order, Tag
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -209,6 +210,64 @@ async def test_an_async_view_is_kept_and_its_stale_fill_is_not(alias: str) -> No
     may_return.set()
     assert await slow == b"0 orders, 1"
     assert await ask() == await ask() == b"1 orders, 2"
+
+
+def read_too_late(page: Callable[..., Any], order: Order, writes: int) -> list[tuple[int, int]]:
+    """Read a page in four threads while its row is counted up; what was read too late, and when.
+
+    Of each such read: the number that was committed before it began, and the one it showed.
+    """
+    committed, done, behind = [0], threading.Event(), []
+    asked = [0] * 4
+
+    def read(reader: int) -> None:
+        try:
+            while not done.is_set():
+                least = committed[0]
+                seen = int(get(page))
+                if seen < least:
+                    behind.append((least, seen))
+                asked[reader] += 1
+        finally:
+            connection.close()
+
+    readers = [threading.Thread(target=read, args=(number,)) for number in range(len(asked))]
+    for reader in readers:
+        reader.start()
+    try:
+        for number in range(1, writes + 1):
+            order.note = str(number)
+            order.save()
+            committed[0] = number
+        before = list(asked)
+        until(lambda: all(now > then + 1 for now, then in zip(asked, before, strict=True)))
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+    return behind
+
+
+def test_no_reader_is_shown_less_than_was_committed_before_it_asked(alias: str) -> None:
+    order = Order.objects.create(note="0")
+
+    @cached_view(60, depends_on=[Order], cache=alias)
+    def page(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(Order.objects.get(pk=order.pk).note)
+
+    assert read_too_late(page, order, 60) == []
+    assert get(page) == "60"
+
+
+def test_that_test_finds_out_a_page_that_is_kept_without_epochs() -> None:
+    order = Order.objects.create(note="0")
+
+    @cache_page(60, cache="memory")
+    def page(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(Order.objects.get(pk=order.pk).note)
+
+    assert get(page) == "0"
+    assert read_too_late(page, order, 20) != []
 
 
 # -- told apart -----------------------------------------------------------------------------------
