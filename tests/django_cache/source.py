@@ -21,7 +21,7 @@ TIMEOUT = 240
 
 
 class CannotFetch(Exception):
-    """pip did not get the source distribution; the message ends with pip's last lines."""
+    """pip did not get the source distribution; the message ends with pip's last line."""
 
 
 def fetch(version: str | None = None) -> Path:
@@ -57,8 +57,8 @@ def _download(version: str, folder: Path) -> None:
             raise CannotFetch(f"pip took more than {TIMEOUT} s for Django {version}") from None
         archives = list(Path(scratch).glob("*.tar.gz"))
         if done.returncode or not archives:
-            last = "\n".join(done.stdout.splitlines()[-3:])
-            raise CannotFetch(f"pip has no source distribution of Django {version}: {last}")
+            said = (done.stdout.splitlines() or ["nothing"])[-1]
+            raise CannotFetch(f"pip did not get the source of Django {version}: {said[:300]}")
         unpacked = Path(scratch) / "unpacked"
         _unpack(archives[0], unpacked)
         try:
