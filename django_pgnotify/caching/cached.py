@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -103,6 +104,7 @@ class CachedFunction(Generic[P, R]):
         self._tags = tags
         self.cache = cache
         self._version = version
+        _functions.add(self)
         declare_use()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -126,6 +128,10 @@ class CachedFunction(Generic[P, R]):
         """Make that value stale on every node; inside a transaction, with its commit."""
         invalidate_keys(self.key(*args, **kwargs), cache=self.cache, version=self._version)
 
+    def check(self) -> None:
+        """Raise InvalidArgument if it depends on a model that does not publish all changes."""
+        names_of_dependencies(self._depends_on, ())
+
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
         key = self._make_key(*args, **kwargs)
         return Place(
@@ -142,6 +148,14 @@ class CachedFunction(Generic[P, R]):
     @functools.cached_property
     def _fixed_names(self) -> tuple[str, ...]:
         return names_of_dependencies(self._depends_on, ())
+
+
+_functions: weakref.WeakSet[CachedFunction[Any, Any]] = weakref.WeakSet()
+
+
+def cached_functions() -> list[CachedFunction[Any, Any]]:
+    """Those of this process, for the system checks."""
+    return sorted(_functions, key=lambda function: function.__name__)
 
 
 class CachedCoroutine(CachedFunction[P, R]):

@@ -79,5 +79,8 @@ def uses_epochs(backend: object) -> bool:
 
 
 def _has_file() -> bool:
-    path = table_path()
+    try:
+        path = table_path()
+    except PgNotifyError:
+        return False
     return path is not None and os.path.exists(path)
