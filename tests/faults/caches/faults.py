@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -181,6 +182,37 @@ class KillWriter(Fault):
         self.node.start_writer("mortal")
 
 
+class FreezeReaders(Fault):
+    """In the middle of whatever they do: what they had loaded is stored when they go on."""
+
+    kind = "readers stopped (SIGSTOP)"
+
+    def begin(self) -> None:
+        self.last()
+        for process in self.node.readers:
+            os.killpg(process.pid, signal.SIGSTOP)
+
+    def end(self) -> None:
+        for process in self.node.readers:
+            os.killpg(process.pid, signal.SIGCONT)
+
+
+class FreezeWriters(Fault):
+    """Between a COMMIT and what follows it, too."""
+
+    kind = "writers stopped (SIGSTOP)"
+    writer = "steady"
+
+    def begin(self) -> None:
+        self.last()
+        for process in self.node.writers.values():
+            process.signal(signal.SIGSTOP)
+
+    def end(self) -> None:
+        for process in self.node.writers.values():
+            process.signal(signal.SIGCONT)
+
+
 class RestartServer(Fault):
     kind = "server restarted"
 
@@ -203,6 +235,8 @@ KINDS: tuple[type[Fault], ...] = (
     SecondListener,
     CutWriter,
     KillWriter,
+    FreezeReaders,
+    FreezeWriters,
     RestartServer,
 )
 

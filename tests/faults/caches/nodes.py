@@ -29,7 +29,7 @@ WRITERS = {
 class Node:
     """One machine, so to say: a table, a way to the server for its listener and for its writers.
 
-    A node that is ``lone`` has no file to share and no ``pglisten``: its only process keeps its
+    A node that is ``lone`` has no file to share and no ``pglisten``: each of its processes keeps a
     table in its own memory, and listens for itself.
     """
 
@@ -87,6 +87,8 @@ class Node:
         Raises:
             AssertionError: one of them failed.
         """
+        for process in self.writers.values():
+            process.wait_for_line("^writing")  # one that was just started knows no signals yet
         for process in [*self.writers.values(), *self.readers]:
             process.signal(signal.SIGTERM)
         for process in [*self.writers.values(), *self.readers]:

@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 from django.core.cache import caches
-from django.db import Error, connection, connections
+from django.db import Error, connection, connections, transaction
 
-from tests.faults.caches.models import NUMBERS
+from tests.faults.caches.models import NUMBERS, stamp_of
 from tests.faults.caches.records import ReadLog
 from tests.faults.caches.ways import Way, atimed, timed
 
@@ -22,6 +22,9 @@ MOST_LOOKS = 20
 """Looks at a row by one way before it is another's turn, so that there are hits to be judged."""
 LONGEST_PAUSE = 0.004
 PAUSE_AFTER_FAILURE = 0.05
+IN_THE_PAST = 0.1
+"""Share of the rounds that begin in a transaction of which the snapshot grows old."""
+LONGEST_PAST = 0.3
 TASKS = 2
 """Looks that the event loop has under way at once."""
 
@@ -56,6 +59,8 @@ class Reader:
         log = ReadLog(self._folder / f"{self._name}-sync.reads")
         while not self.stopping.is_set():
             number, row = chance.randrange(len(self._ways)), chance.choice(NUMBERS)
+            if self._ways[number].in_transactions and chance.random() < IN_THE_PAST:
+                self._look_in_the_past(self._ways[number], row, chance)
             for _ in range(chance.randint(1, MOST_LOOKS)):
                 try:
                     log.add(timed(self._ways[number], number, row))
@@ -66,6 +71,22 @@ class Reader:
                 self.stopping.wait(chance.uniform(0.0, LONGEST_PAUSE))
         log.flush()
         connections.close_all()
+
+    def _look_in_the_past(self, way: Way, row: int, chance: random.Random) -> None:
+        """Read in a transaction that sees an old snapshot; what it loads is nobody else's to see.
+
+        It is not judged: such a transaction wants to see what was.
+        """
+        try:
+            with transaction.atomic():
+                with connection.cursor() as cursor:
+                    cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                stamp_of(row)
+                self.stopping.wait(chance.uniform(0.0, LONGEST_PAST))
+                way.read(row)
+        except Error as exc:
+            self._note_failure(exc)
+            connection.close()
 
     async def _look_on_async(self) -> None:
         from asgiref.sync import sync_to_async

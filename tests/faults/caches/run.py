@@ -154,7 +154,7 @@ def _start(deployment: Deployment, *, small: bool) -> Prober:
     for node in deployment.nodes:
         first = node.number == 0
         if node.lone:
-            node.start_readers(alone=True, forked=0)
+            node.start_readers(alone=True, forked=1)
         elif small:
             node.start_readers(alone=not first, forked=1 if first else 0)
             node.start_writers("steady" if first else "mortal")

@@ -43,6 +43,8 @@ class Way:
     name: str
     read: Callable[[int], int]
     aread: Callable[[int], Awaitable[int]] | None = None
+    in_transactions: bool = True
+    """Whether it may be used where what is loaded is not what others are to see."""
 
 
 def row_tag(row: int) -> str:
@@ -142,7 +144,33 @@ def _idiom(name: str, alias: str) -> Way:
             await cache.aset(key, stamp, tags=[row_tag(row)])
         return int(stamp)
 
-    return Way(name, look_up, alook_up)
+    return Way(name, look_up, alook_up, in_transactions=False)
+
+
+def _many(name: str, alias: str) -> Way:
+    """The same by get_many() and set_many()."""
+
+    def look_up(row: int) -> int:
+        cache, key = _near(alias), f"many:{row}"
+        found = cache.get_many([key, f"{key}:never"])
+        if key not in found:
+            found = {key: load(row)}
+            cache.set_many(found, tags=[row_tag(row)])
+        return int(found[key])
+
+    return Way(name, look_up, in_transactions=False)
+
+
+def _nested(name: str, alias: str) -> Way:
+    """A cached function that says of nothing what it depends on, and calls one that does."""
+    inner = _functions(f"{name}, inner", alias, tags=ROW)
+
+    @cached(key="outer:{row}", timeout=None, cache=alias)
+    def look_up(row: int) -> dict[str, int]:
+        _note_load()
+        return {"stamp": inner.read(row)}
+
+    return Way(name, lambda row: look_up(row)["stamp"])
 
 
 def _near(alias: str) -> NearCache:
@@ -194,8 +222,10 @@ def ways() -> list[Way]:
         _functions("near, cached, depends on models", "near", depends_on=[Item, Tight]),
         _idiom("near, get/load/set", "near"),
         _by_function("near, get_or_set()", "near"),
+        _nested("near, cached in cached", "near"),
         _functions("near over database, cached", "near-database", tags=ROW),
         _idiom("near over database, get/load/set", "near-database"),
+        _many("near over database, get_many", "near-database"),
         _functions("file, cached", "file", tags=DECLARED),
         _by_function("file, get_or_set()", "file"),
         _functions("database, cached", "database", tags=ROW),

@@ -123,7 +123,7 @@ class Writer:
                     self._read_inside(row)
                 raise _OnPurpose
         except _OnPurpose:
-            pass
+            self._look(attempt)
 
     def _bulk(self) -> None:
         """update() sends no signals, so the program says itself what it has made stale."""
@@ -160,8 +160,9 @@ class Writer:
 
     def _read_inside(self, row: int) -> None:
         """What is loaded here has not been committed, and nobody else may get to see it."""
-        for _, way in self._some_ways(2):
-            way.read(row)
+        for _, way in self._some_ways(4):
+            if way.in_transactions:
+                way.read(row)
 
     def _look(self, attempt: Attempt) -> None:
         """Read at once what was written."""
