@@ -1,9 +1,9 @@
 """Single flight: of those in a process who miss a key at once, one loads and the others wait.
 
 Whoever waited looks again and does not take the loader's result: that may have been read before a
-change which the one who waited has seen. And nobody waits for ever, or for itself: who loads
-something already loads this too, and so does who is in a transaction, whose locks the other may
-wait for.
+change which the one who waited has seen. And nobody waits for ever, or in a circle: who makes a
+page waits for values only, who loads a value loads all in it too, and so does who is in a
+transaction, whose locks the other may wait for.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ TIMEOUT = 60.0
 
 _flights: dict[Hashable, Future[None]] = {}
 _guard = threading.Lock()
-_flying: ContextVar[bool] = ContextVar("pgnotify_flying", default=False)
+
+VALUE, PAGE, NOTHING = range(3)
+_flying: ContextVar[int] = ContextVar("pgnotify_flying", default=NOTHING)
+"""What this context makes for others; only for what ranks below it does it wait."""
 
 
-def fly(key: Hashable, look: Callable[[], Any], load: Callable[[], Any]) -> Any:
+def fly(
+    key: Hashable, look: Callable[[], Any], load: Callable[[], Any], *, rank: int = VALUE
+) -> Any:
     """What ``load`` returns, or what ``look`` finds once somebody else has loaded."""
     # A loop's thread must not be held up, least of all by a task of that loop.
-    may_wait = not _flying.get() and not in_transaction() and not _has_loop()
+    may_wait = rank < _flying.get() and not in_transaction() and not _has_loop()
     other = None
     if may_wait:
         with _guard:
@@ -41,7 +46,7 @@ def fly(key: Hashable, look: Callable[[], Any], load: Callable[[], Any]) -> Any:
     if not may_wait:
         return load()
     if other is None:
-        with _lead(("sync", key), mine):
+        with _lead(("sync", key), mine, rank):
             return load()
     try:
         other.result(TIMEOUT)
@@ -52,18 +57,22 @@ def fly(key: Hashable, look: Callable[[], Any], load: Callable[[], Any]) -> Any:
 
 
 async def afly(
-    key: Hashable, look: Callable[[], Awaitable[Any]], load: Callable[[], Awaitable[Any]]
+    key: Hashable,
+    look: Callable[[], Awaitable[Any]],
+    load: Callable[[], Awaitable[Any]],
+    *,
+    rank: int = VALUE,
 ) -> Any:
     """As :func:`fly`. Tasks wait for tasks only: a thread might wait for their loop."""
     other = None
-    if _flying.get():
+    if rank >= _flying.get():
         return await load()
     with _guard:
         other = _flights.get(("async", key))
         if other is None:
             mine = _flights["async", key] = Future()
     if other is None:
-        with _lead(("async", key), mine):
+        with _lead(("async", key), mine, rank):
             return await load()
     try:
         async with asyncio.timeout(TIMEOUT):
@@ -75,8 +84,8 @@ async def afly(
 
 
 @contextmanager
-def _lead(key: Hashable, flight: Future[None]) -> Iterator[None]:
-    token = _flying.set(True)
+def _lead(key: Hashable, flight: Future[None], rank: int) -> Iterator[None]:
+    token = _flying.set(rank)
     try:
         yield
     finally:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from asgiref.sync import iscoroutinefunction
 from django.apps import apps
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.utils.cache import patch_vary_headers
 
 from ..epochs.use import declare_use
 from ..exceptions import InvalidArgument
+from .flights import PAGE, afly, fly
 from .level import MISSING
 from .loading import StoreLease, alookup, lookup, names_of_dependencies
 from .pages import (
@@ -47,7 +48,8 @@ def cached_view(
     """Keep the pages of a view until a model or tag that they depend on changes.
 
     What was read before a change is never taken for a page of after it: the lease is taken before
-    the view runs. Other cached values that go into a page make it depend on what they depend on.
+    the view runs. Other cached values that go into a page make it depend on what they depend on. Of
+    the threads of a process that miss a page at once which has been kept before, one makes it.
 
     GET and HEAD only. Pages are told apart by URL, language, time zone and the headers of
     ``Vary``. A page is not kept that streams, has another status than 200, sets a cookie, forbids
@@ -89,28 +91,48 @@ def cached_view(
             async def wrapped(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
                 if not pages.concern(request):
                     return await view(request, *args, **kwargs)
-                lease = pages.lease(kwargs)
-                if (page := await _arun(pages.find(request))) is not None:
-                    return page
-                with lease:
-                    response = await view(request, *args, **kwargs)
-                if not pages.is_rendered_later(request, response, lease):
-                    await _arun(pages.keep(request, response, lease))
-                return response
+
+                async def look() -> Any:
+                    return (await _arun(pages.find(request))).page
+
+                async def make() -> Any:
+                    lease = pages.lease(kwargs)
+                    with lease:
+                        response = await view(request, *args, **kwargs)
+                    if not pages.is_rendered_later(request, response, lease):
+                        await _arun(pages.keep(request, response, lease))
+                    return response
+
+                found = await _arun(pages.find(request))
+                if found.page is not MISSING:
+                    return found.page
+                if found.key is None:
+                    return await make()
+                return await afly(found.key, look, make, rank=PAGE)
         else:
 
             @wraps(view)
             def wrapped(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
                 if not pages.concern(request):
                     return view(request, *args, **kwargs)
-                lease = pages.lease(kwargs)
-                if (page := _run(pages.find(request))) is not None:
-                    return page
-                with lease:
-                    response = view(request, *args, **kwargs)
-                if not pages.is_rendered_later(request, response, lease):
-                    _run(pages.keep(request, response, lease))
-                return response
+
+                def look() -> Any:
+                    return _run(pages.find(request)).page
+
+                def make() -> Any:
+                    lease = pages.lease(kwargs)
+                    with lease:
+                        response = view(request, *args, **kwargs)
+                    if not pages.is_rendered_later(request, response, lease):
+                        _run(pages.keep(request, response, lease))
+                    return response
+
+                found = _run(pages.find(request))
+                if found.page is not MISSING:
+                    return found.page
+                if found.key is None:
+                    return make()
+                return fly(found.key, look, make, rank=PAGE)
 
         return wrapped  # type: ignore[return-value]
 
@@ -145,6 +167,13 @@ class _Store(NamedTuple):
         return await self.lease.astore(self.key, self.value, self.timeout)
 
 
+class _Found(NamedTuple):
+    """A page, or MISSING and what those who make one wait for each other by."""
+
+    page: Any
+    key: tuple[str, str] | None
+
+
 class _Pages(NamedTuple):
     """The pages of one view: what is looked up and stored, by whoever runs the steps."""
 
@@ -176,14 +205,17 @@ class _Pages(NamedTuple):
             ) from None
         return StoreLease(self.cache, names_of_dependencies(self.depends_on, tags))
 
-    def find(self, request: HttpRequest) -> Generator[_Look, Any, HttpResponse | None]:
+    def find(self, request: HttpRequest) -> Generator[_Look, Any, _Found]:
         headers = yield _Look(self.cache, header_list_key(request, self.prefix))
-        if headers is not MISSING:
-            for key in page_keys(request, self.prefix, headers):
-                stored = yield _Look(self.cache, key)
-                if stored is not MISSING:
-                    return unpack(stored)
-        return None
+        if headers is MISSING:
+            return _Found(MISSING, None)
+        keys = page_keys(request, self.prefix, headers)
+        for key in keys:
+            stored = yield _Look(self.cache, key)
+            if stored is not MISSING:
+                return _Found(unpack(stored), None)
+        # A page of this URL has been kept, so one that is made now will be, most likely.
+        return _Found(MISSING, (self.cache, keys[-1]))
 
     def keep(
         self, request: HttpRequest, response: HttpResponseBase, lease: StoreLease
@@ -194,7 +226,9 @@ class _Pages(NamedTuple):
         if may_store(request, response):
             key, headers = learn_page_key(request, response, self.timeout, self.prefix)
             if headers.key is not None:
-                yield _Store(lease, headers.key, headers.headers, self.timeout)
+                # The names of headers outlive what the page was made of.
+                own = StoreLease(self.cache, ())
+                yield _Store(own, headers.key, headers.headers, self.timeout)
                 yield _Store(lease, key, pack(response), self.timeout)
 
     def is_rendered_later(self, request: HttpRequest, response: Any, lease: StoreLease) -> bool:

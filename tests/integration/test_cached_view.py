@@ -26,7 +26,7 @@ from django.utils.decorators import method_decorator
 from django.views import View
 from django.views.decorators.cache import cache_page
 
-from django_pgnotify.caching import cached, cached_view, invalidate_tags
+from django_pgnotify.caching import cached, cached_view, flights, invalidate_tags
 from django_pgnotify.exceptions import InvalidArgument
 from django_pgnotify.registry import Registry
 from tests.integration.caching import near_caches, until
@@ -268,6 +268,122 @@ def test_that_test_finds_out_a_page_that_is_kept_without_epochs() -> None:
 
     assert get(page) == "0"
     assert read_too_late(page, order, 20) != []
+
+
+# -- at once --------------------------------------------------------------------------------------
+
+
+def waiting() -> int:
+    """Threads and tasks that wait for a page or value that another one makes."""
+    all_of_them: list[Any] = list(flights._flights.values())
+    return sum(len(one._condition._waiters) + len(one._done_callbacks) for one in all_of_them)
+
+
+def in_threads(*works: Callable[[], str]) -> tuple[list[threading.Thread], list[str]]:
+    """Threads that each append to the list what their work returned, or what it raised."""
+    came: list[str] = []
+
+    def run(work: Callable[[], str]) -> None:
+        try:
+            came.append(work())
+        except Exception as exc:  # noqa: BLE001 - for the test to see
+            came.append(repr(exc))
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    return threads, came
+
+
+def test_of_the_threads_that_miss_a_known_page_one_makes_it(alias: str) -> None:
+    calls, go_on = count(1), threading.Event()
+
+    @cached_view(60, depends_on=[Order], cache=alias)
+    def page(request: HttpRequest) -> HttpResponse:
+        call, found = next(calls), Order.objects.count()
+        if call > 1:
+            assert go_on.wait(60)
+        return HttpResponse(f"{found} orders, {call}")
+
+    assert get(page) == "0 orders, 1"
+    Order.objects.create()
+    threads, came = in_threads(*[lambda: get(page)] * 4)
+    until(lambda: waiting() == 3)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert came == ["1 orders, 2"] * 4
+
+
+def test_a_page_that_turns_out_to_be_of_one_visitor_is_given_to_nobody_who_waited() -> None:
+    calls, go_on = count(1), threading.Event()
+
+    @cached_view(60, depends_on=[Order], cache="near")
+    def page(request: HttpRequest) -> HttpResponse:
+        call = next(calls)
+        response = HttpResponse(f"page {call}")
+        if call > 1:
+            response.set_cookie("visitor", str(call))
+            assert go_on.wait(60)
+        return response
+
+    assert get(page) == "page 1"
+    Order.objects.create()
+    threads, came = in_threads(*[lambda: get(page)] * 3)
+    until(lambda: waiting() == 2)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(came) == ["page 2", "page 3", "page 4"]
+
+
+def test_pages_wait_for_one_value_that_they_share() -> None:
+    calls, go_on = count(1), threading.Event()
+
+    @cached(cache="near", depends_on=[Order])
+    def orders() -> str:
+        call, found = next(calls), Order.objects.count()
+        if call > 1:
+            assert go_on.wait(60)
+        return f"{found}, {call}"
+
+    @cached_view(60, cache="near")
+    def page(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(f"{request.path} {orders()}")
+
+    assert [get(page, "/a/"), get(page, "/b/")] == ["/a/ 0, 1", "/b/ 0, 1"]
+    Order.objects.create()
+    threads, came = in_threads(lambda: get(page, "/a/"), lambda: get(page, "/b/"))
+    until(lambda: waiting() == 1)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(came) == ["/a/ 1, 2", "/b/ 1, 2"]
+
+
+async def test_of_the_tasks_that_miss_a_known_page_one_makes_it() -> None:
+    calls = count(1)
+    go_on = asyncio.Event()
+
+    @cached_view(60, depends_on=[Order], cache="near")
+    async def page(request: HttpRequest) -> HttpResponse:
+        call = next(calls)
+        if call > 1:
+            await go_on.wait()
+        return HttpResponse(str(call))
+
+    async def ask() -> bytes:
+        response: HttpResponse = await page(requests.get("/"))
+        return response.content
+
+    assert await ask() == b"1"
+    await Order.objects.acreate()
+    tasks = [asyncio.create_task(ask()) for _ in range(3)]
+    await sync_to_async(until, thread_sensitive=False)(lambda: waiting() == 2)
+    go_on.set()
+    assert await asyncio.gather(*tasks) == [b"2"] * 3
 
 
 # -- told apart -----------------------------------------------------------------------------------
