@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from django_pgnotify.epochs.counts import node_counts
 from tests.processes import DEADLINE, Process, database_environ, manage, python, run
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -35,6 +36,34 @@ ask_until(lambda stats: stats["hits"] >= int(sys.argv[1]))
 Order.objects.create()
 ask_until(lambda stats: stats["stale"])
 print("counted", caches["near"].stats()["hits"], flush=True)
+"""
+
+
+# A process that has used its caches, as one that preloads, and then forks.
+FORKING = """
+import os, sys
+import django
+django.setup()
+from django_pgnotify.caching import cached
+
+@cached(key="a", cache="near", tags=["t"])
+def near():
+    return 1
+
+@cached(key="b", cache="local", tags=["t"])
+def local():
+    return 1
+
+def use(times):
+    for _ in range(times):
+        near(), local()
+
+use(11)  # one miss, ten hits
+if os.fork() == 0:
+    use(5)
+    sys.exit()
+os.wait()
+use(2)
 """
 
 
@@ -77,3 +106,15 @@ def test_the_counts_of_all_processes_of_the_node_are_shown_and_outlive_them(
     assert rows["near"][4] == str(hits)
     assert rows["orders"][:4] == ["orders", "near", node["node"], str(hits)]
     assert f"epoch table of {node['node']}: {tmp_path / 'epochs'}, up to date" in table
+
+
+def test_a_forked_child_counts_for_itself_and_no_hit_is_counted_twice(
+    environ: dict[str, str | None], tmp_path: Path
+) -> None:
+    with python("-c", FORKING, env={**environ, "NEVER_BYPASSED": "1"}) as process:
+        assert process.wait() == 0, process.report()
+    counts = node_counts(str(tmp_path / "epochs"))
+    for alias in ("near", "local"):
+        assert counts[alias]["hits"] == 10 + 5 + 2
+        assert counts[alias]["misses"] == 1
+        assert counts[alias]["tags"]["t"]["hits"] == 17
