@@ -109,9 +109,9 @@ def _is_personal(request: HttpRequest) -> bool:
     """Whether making the page has used up or changed something of this one visitor.
 
     A CSRF token, a message shown, a session written: middleware sends the cookies for those, but
-    after us.
+    after us. And a nonce of a Content Security Policy, which is of this one response.
     """
-    if "CSRF_COOKIE_NEEDS_UPDATE" in request.META:
+    if "CSRF_COOKIE_NEEDS_UPDATE" in request.META or getattr(request, "_csp_nonce", None):
         return True
     if getattr(getattr(request, "session", None), "modified", False):
         return True

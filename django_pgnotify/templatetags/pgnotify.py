@@ -14,6 +14,7 @@ from django.core.cache import caches
 from django.db.models import Model, QuerySet
 from django.template.base import FilterExpression, Node, NodeList, Parser, Token
 from django.template.context import Context
+from django.template.defaulttags import CsrfTokenNode
 
 from django_pgnotify.caching.fragments import fragment_key
 from django_pgnotify.caching.loading import Place, load, names_of_dependencies
@@ -65,6 +66,11 @@ def do_cached(parser: Parser, token: Token) -> CachedNode:
             options[option] = parser.compile_filter(value)
     nodes = parser.parse((f"end{name}",))
     parser.delete_first_token()
+    if not vary_on and nodes.get_nodes_by_type(CsrfTokenNode):
+        raise template.TemplateSyntaxError(
+            f"{{% {name} … {fragment} %}} has a {{% csrf_token %}} in it, which would be one "
+            f"visitor's for all: leave the form out, or vary on the visitor."
+        )
     return CachedNode(nodes, parser.compile_filter(timeout), fragment, vary_on, options)
 
 

@@ -195,6 +195,13 @@ def test_a_malformed_tag_is_refused_when_the_template_is_compiled(
         Page(arguments)
 
 
+def test_a_token_of_one_visitor_is_not_kept_for_all() -> None:
+    form = "<form>{% if orders %}{% csrf_token %}{% endif %}</form>"
+    with pytest.raises(TemplateSyntaxError, match="one visitor's for all"):
+        Page("60 it", form)
+    assert Page("60 it user", form)(user=1, orders=0, n="") == "<form></form>|"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -110,20 +110,34 @@ def with_messages(**state: bool) -> Callable[[Any], None]:
     return give
 
 
+def with_nonce(request: Any) -> None:
+    request._csp_nonce = "bm9uY2U="
+
+
 @pytest.mark.parametrize(
     "happened",
     [
         with_token,
+        with_nonce,
         with_session(accessed=True, modified=True),
         with_messages(used=True),
         with_messages(added_new=True),
     ],
-    ids=["csrf", "session", "message shown", "message added"],
+    ids=["csrf", "nonce", "session", "message shown", "message added"],
 )
 def test_a_page_made_for_one_visitor_is_not_kept(happened: Callable[[HttpRequest], None]) -> None:
     request = requests.get("/")
     happened(request)
     assert not pages.may_store(request, HttpResponse())
+
+
+def test_a_nonce_that_the_page_did_not_use_is_not_in_it() -> None:
+    csp = pytest.importorskip("django.utils.csp", reason="Django has it from 6.0 on")
+    request: Any = requests.get("/")
+    request._csp_nonce = csp.LazyNonce()
+    assert pages.may_store(request, HttpResponse())
+    page = HttpResponse(f"<script nonce='{request._csp_nonce}'>")
+    assert not pages.may_store(request, page)
 
 
 def test_a_page_whose_visitor_has_nothing_of_his_own_in_it_is_kept() -> None:
