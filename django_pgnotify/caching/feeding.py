@@ -13,7 +13,7 @@ from ..conf import conf
 from ..epochs.clock import node_clock
 from ..epochs.node import node_table
 from ..epochs.table import EpochTable
-from ..listening.background import Subscription, background_listener
+from ..listening.background import BackgroundListener, Subscription, background_listener
 from ..listening.feed import EpochFeed
 from ..listening.intake import Intake
 from ..publishing.announcer import announcer
@@ -61,7 +61,9 @@ class ProcessFeed(EpochFeed):
         return self._pid == os.getpid() and all(one.alive for one in self._subscriptions)
 
     def start(self) -> None:
-        listener = background_listener(conf.listen_database)
+        background_listener(conf.listen_database, self._subscribe)
+
+    def _subscribe(self, listener: BackgroundListener) -> None:
         for number, channel in enumerate(sorted(self.channels)):
             first = number == 0  # one of them is told what concerns the connection
             self._subscriptions.append(

@@ -295,12 +295,23 @@ _listeners: dict[str, BackgroundListener] = {}
 _guard = threading.Lock()
 
 
-def background_listener(using: str) -> BackgroundListener:
-    """The listener of this process on alias ``using``, started if it is not running."""
+def background_listener(
+    using: str, subscribe: Callable[[BackgroundListener], None] | None = None
+) -> BackgroundListener:
+    """The listener of this process on alias ``using``, started if it is not running.
+
+    Args:
+        subscribe: subscribes to it, if possible before it starts, so that its first proof covers
+            all of that.
+    """
     with _guard:
         listener = _listeners.get(using)
-        if listener is None or not listener.alive:
+        starts = listener is None or not listener.alive
+        if listener is None or starts:
             listener = _listeners[using] = BackgroundListener(using)
+        if subscribe is not None:
+            subscribe(listener)
+        if starts:
             listener.start()
         return listener
 
