@@ -46,6 +46,7 @@ def _run(scenario: Scenario, quick: bool, rounds: int | None) -> list[CaseResult
 
 def write(folder: Path, facts: Facts, sections: Iterable[Section]) -> None:
     """The page, the raw figures, and a chart of each group; ``facts`` are of the latest run."""
+    sections = list(sections)
     folder.mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Section]] = {}
     for section in sections:
@@ -54,8 +55,7 @@ def write(folder: Path, facts: Facts, sections: Iterable[Section]) -> None:
         drawn = [(section.scenario, section.results) for section in of_group]
         (folder / f"{group}.svg").write_text(chart(group.capitalize(), drawn))
     (folder / "results.md").write_text(report.page(groups))
-    in_order = [section for of_group in groups.values() for section in of_group]
-    results.write(folder, facts, in_order)
+    results.write(folder, facts, sections)
 
 
 def _scenarios(only: Sequence[str]) -> list[Scenario]:

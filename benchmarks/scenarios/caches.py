@@ -275,7 +275,7 @@ def bumps(count: int) -> Iterator[Measure]:
 
 
 def cases(quick: bool) -> Iterable[Case]:
-    count, rounds = (20_000, 3) if quick else (200_000, 15)
+    count, rounds = (20_000, 3) if quick else (100_000, 11)
     for value in VALUES:
         node = Node()
         yield Case(
