@@ -68,6 +68,7 @@ def outcome(process: Process) -> dict[str, Any]:
 def test_djangos_own_cache_tests_pass(variant: str, runs: dict[str, Process]) -> None:
     came = outcome(runs[variant])
     assert came["failed"] == {}, "\n".join(came["failed"].values())
+    assert len(came["again"]) <= 3, "too many for a machine that is merely slow"
     assert came["run"] >= 45
     assert len(came["skipped"]) <= came["run"] // 3
 
