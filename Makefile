@@ -7,7 +7,9 @@
 #                    event (SEED=7; FAULTS=1000; MEMORY=1: a million events through one listener)
 # make model-check   durable topics: random writers, consumers that crash, every event accounted for
 #                    (SEED=7; SECONDS=60; EVENTS=100000)
-# make bench         measure it beside others, write docs/benchmarks
+# make cache-check   caches on two nodes: writers, readers and faults, no read staler than promised
+#                    (SEED=7; SECONDS=60)
+# make bench         measure it beside others, write docs/benchmarks  (ARGS='--only caches' keeps the rest)
 # make bench-quick   the same in three minutes, smaller, into .bench/  (ARGS='--only burst')
 # make lint          the first three of make test
 # make docs          the documentation, warnings being errors
@@ -109,6 +111,12 @@ model-check: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.faults.model.run --seconds $(SECONDS) --events $(EVENTS) \
 	  $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+.PHONY: cache-check
+
+cache-check: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.faults.caches.run --seconds $(SECONDS) \
+	  $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 # ---- the benchmarks ----------------------------------------------------------------------------
 
 .PHONY: bench bench-quick
@@ -124,7 +132,7 @@ $(BENCH)/.installed: pyproject.toml benchmarks/requirements.txt
 	@touch $@
 
 bench: $(BENCH)/.installed
-	$(BENCH)/bin/python -m benchmarks --out docs/benchmarks
+	$(BENCH)/bin/python -m benchmarks --out docs/benchmarks $(ARGS)
 
 bench-quick: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks --quick --out .bench $(ARGS)

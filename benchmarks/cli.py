@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import databases, machine, report
+from . import databases, machine, report, results
 from .chart import chart
 from .frame import CaseResult, Scenario
+from .results import Facts, Section
 from .running import run_case
-
-Results = list[tuple[Scenario, list[CaseResult]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,34 +24,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with databases.served() as server:
         facts = {"run": "quick" if options.quick else "full", **machine.facts(server)}
-        scenarios = _scenarios(options.only)
-        results = [(each, _run(each, options.quick, options.rounds)) for each in scenarios]
-    print(report.summary(results))
+        measured = [
+            Section(each, _run(each, options.quick, options.rounds), facts)
+            for each in _scenarios(options.only)
+        ]
+        everything = _scenarios([])
+    print(report.summary(measured))
     if options.out is not None:
-        write(options.out, facts, results)
+        write(options.out, facts, results.merged(options.out, measured, everything))
     return 0
 
 
 def _run(scenario: Scenario, quick: bool, rounds: int | None) -> list[CaseResult]:
     begun = time.monotonic()
-    results = [run_case(case, rounds or case.rounds, _progress) for case in scenario.cases(quick)]
+    of_cases = [run_case(case, rounds or case.rounds, _progress) for case in scenario.cases(quick)]
     _progress("")
     print(f"{scenario.name} took {time.monotonic() - begun:.0f} s", file=sys.stderr)
-    print(report.scenario_section(scenario, results), end="\n\n", flush=True)
-    return results
+    print(report.scenario_section(scenario, of_cases), end="\n\n", flush=True)
+    return of_cases
 
 
-def write(folder: Path, facts: Mapping[str, str], results: Results) -> None:
-    """The page, the raw figures, and a chart of each group."""
+def write(folder: Path, facts: Facts, sections: Iterable[Section]) -> None:
+    """The page, the raw figures, and a chart of each group; ``facts`` are of the latest run."""
+    sections = list(sections)
     folder.mkdir(parents=True, exist_ok=True)
-    groups: dict[str, Results] = {}
-    for scenario, of_cases in results:
-        groups.setdefault(scenario.group, []).append((scenario, of_cases))
+    groups: dict[str, list[Section]] = {}
+    for section in sections:
+        groups.setdefault(section.scenario.group, []).append(section)
     for group, of_group in groups.items():
-        (folder / f"{group}.svg").write_text(chart(group.capitalize(), of_group))
-    (folder / "results.md").write_text(report.page(facts, groups))
-    raw = {"machine": dict(facts), "scenarios": report.raw(results)}
-    (folder / "results.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+        drawn = [(section.scenario, section.results) for section in of_group]
+        (folder / f"{group}.svg").write_text(chart(group.capitalize(), drawn))
+    (folder / "results.md").write_text(report.page(groups))
+    results.write(folder, facts, sections)
 
 
 def _scenarios(only: Sequence[str]) -> list[Scenario]:

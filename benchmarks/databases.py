@@ -35,6 +35,7 @@ def served() -> Iterator[EmbeddedPostgres]:
         # PostgreSQL does not run as root, and has to reach its data.
         Path(folder).chmod(0o755)
         data_dir = Path(folder) / "data"
+        os.environ["BENCHMARK_FOLDER"] = folder
         with EmbeddedPostgres(data_dir, version=18, options={"max_connections": 600}) as server:
             set_up(server.port)
             from benchmarks.shop.settings import ALIASES, TEMPLATE

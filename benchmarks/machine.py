@@ -13,7 +13,7 @@ from pathlib import Path
 
 from example_project.embedded import EmbeddedPostgres
 
-PACKAGES = ("django", "psycopg", "django-pgnotify", "msgspec", "django-pgpubsub")
+PACKAGES = ("django", "psycopg", "django-pgnotify", "msgspec", "django-pgpubsub", "redis")
 
 
 def facts(server: EmbeddedPostgres) -> dict[str, str]:

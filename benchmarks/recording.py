@@ -46,10 +46,11 @@ class LostEvents(Exception):
 
 
 class Recording:
-    """The driver's side; ``path`` is made here."""
+    """The driver's side; ``path`` is made here unless somebody else does."""
 
-    def __init__(self, path: Path) -> None:
-        path.write_bytes(bytes(SLOTS * 8))
+    def __init__(self, path: Path, *, make: bool = True) -> None:
+        if make:
+            path.write_bytes(bytes(SLOTS * 8))
         self.path = path
         self.environ = {VARIABLE: str(path)}
         self._times = _open(path)

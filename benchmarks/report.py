@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .figures import Spread, ratio, spread
 from .frame import CaseResult, Scenario, Target
+from .results import Facts, Section
 
 
 class Verdict(NamedTuple):
@@ -82,9 +83,9 @@ def _cell(value: Spread) -> str:
     return f"{number(value.median)} ({number(value.low)}–{number(value.high)})"
 
 
-def summary(results: Iterable[tuple[Scenario, Sequence[CaseResult]]]) -> str:
+def summary(sections: Iterable[Section]) -> str:
     rows = []
-    for scenario, of_cases in results:
+    for scenario, of_cases, _ in sections:
         for result in of_cases:
             for verdict in verdicts(result):
                 value = "" if verdict.value is None else f"{verdict.value.median:.2f}"
@@ -94,18 +95,22 @@ def summary(results: Iterable[tuple[Scenario, Sequence[CaseResult]]]) -> str:
     return table(["scenario", "what", "target", "measured", ""], rows)
 
 
-def scenario_section(scenario: Scenario, results: Sequence[CaseResult]) -> str:
+def scenario_section(
+    scenario: Scenario, results: Sequence[CaseResult], measured: str | None = None
+) -> str:
+    """``measured`` says when and on what."""
     parts = [f"## {scenario.title}", scenario.text]
+    if measured is not None:
+        parts.append(measured)
     for result in results:
         parts += [f"### {result.case.name}", case_table(result)]
     return "\n\n".join(parts)
 
 
-def page(
-    facts: Mapping[str, str], groups: Mapping[str, Sequence[tuple[Scenario, Sequence[CaseResult]]]]
-) -> str:
-    """The whole page of a run."""
-    everything = [each for of_group in groups.values() for each in of_group]
+def page(groups: Mapping[str, Sequence[Section]]) -> str:
+    """The whole page; its sections may be of several runs."""
+    everything = [section for of_group in groups.values() for section in of_group]
+    runs = _runs(everything)
     parts = [
         "# Results",
         (
@@ -113,22 +118,29 @@ def page(
             "is the median of the ratios of each round. Written by `make bench`; "
             "[how it is measured](index.md)."
         ),
-        table(["", "measured on"], facts.items()),
+        _facts_table(runs),
         "## Targets",
         summary(everything),
     ]
     for group, of_group in groups.items():
         parts.append(f"![{group}]({group}.svg)")
-        parts += [scenario_section(scenario, results) for scenario, results in of_group]
+        for scenario, results, facts in of_group:
+            name = f" in run {runs.index(facts) + 1}" if len(runs) > 1 else ""
+            measured = f"Measured on {facts['date']}{name}."
+            parts.append(scenario_section(scenario, results, measured))
     return "\n\n".join(parts) + "\n"
 
 
-def raw(results: Iterable[tuple[Scenario, Sequence[CaseResult]]]) -> dict[str, Any]:
-    """Every figure of every round, and why there is none."""
-    return {
-        scenario.name: {
-            result.case.name: {"measured": result.measured, "missing": result.missing}
-            for result in of_cases
-        }
-        for scenario, of_cases in results
-    }
+def _runs(sections: Iterable[Section]) -> list[Facts]:
+    """The facts of each run that a section is of, the oldest first."""
+    runs: list[Facts] = []
+    for section in sections:
+        if section.facts not in runs:
+            runs.append(section.facts)
+    return sorted(runs, key=lambda facts: facts["date"])
+
+
+def _facts_table(runs: Sequence[Facts]) -> str:
+    names = dict.fromkeys(name for facts in runs for name in facts)
+    heads = ["measured on"] if len(runs) == 1 else [f"run {n + 1}" for n in range(len(runs))]
+    return table(["", *heads], ([name, *(f.get(name, "") for f in runs)] for name in names))

@@ -6,7 +6,10 @@ E002       psycopg is missing or too old.
 E003       A ``PGNOTIFY_*`` setting is unknown or invalid.
 E004       ``PGNOTIFY_MODELS`` cannot be applied.
 E005       Something is forwarded and there is no such channel layer.
-E006       ``invalidates`` names a cache alias that is not in CACHES.
+E006       ``invalidates`` or ``cached`` names a cache alias that is not in CACHES.
+E007       An option of a NearCache cannot work.
+E008       A ``cached`` function depends on what it cannot depend on.
+E009       The file of the epoch table cannot be used.
 W001       Something is forwarded through InMemoryChannelLayer, which is per process.
 W002       ``invalidates`` names a LocMemCache or DummyCache, which is per process.
 W003       A receiver of a model that publishes nothing.
@@ -14,6 +17,8 @@ W004       A topic that looks like a model's label and is not that model's topic
 W005       The listening alias looks as if it went through a pooler.
 W006       The log's hard limit is shorter than its retention.
 W007       A durable consumer that is named after its function.
+W008       The second level of a NearCache is per process.
+W009       A MAX_STALENESS that asks for very frequent heartbeats.
 ========== ========================================================================
 """
 
@@ -27,6 +32,7 @@ from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage
 
+from .caching.checks import PER_PROCESS, check_caches
 from .conf import conf, problems
 from .exceptions import PgNotifyError, UnsupportedDatabase
 from .publishing import model_signals
@@ -35,10 +41,6 @@ from .registry import describe, is_model, registry
 
 MINIMUM_PSYCOPG = (3, 2, 10)
 
-_PER_PROCESS_CACHES = (
-    "django.core.cache.backends.locmem.LocMemCache",
-    "django.core.cache.backends.dummy.DummyCache",
-)
 _PER_PROCESS_LAYER = "channels.layers.InMemoryChannelLayer"
 
 
@@ -51,6 +53,7 @@ def register() -> None:
         check_receivers,
         check_retention,
         check_consumers,
+        check_caches,
     ):
         checks.register(_listed(check), "pgnotify")
 
@@ -219,10 +222,11 @@ def _check_cache(uid: str, alias: str) -> Iterator[CheckMessage]:
             hint=f"Choose from {', '.join(map(repr, settings.CACHES))}.",
             id="pgnotify.E006",
         )
-    elif config.get("BACKEND") in _PER_PROCESS_CACHES:
+    elif config.get("BACKEND") in PER_PROCESS:
         yield checks.Warning(
             f"{uid}: cache {alias!r} is {config['BACKEND'].rpartition('.')[2]}; another process's "
             f"memory cannot be reached, so nothing would be invalidated there.",
-            hint="Name a cache that processes share: Redis, memcached, file or database.",
+            hint="Name a cache that processes share: Redis, memcached, file or database; or a "
+            "NearCache.",
             id="pgnotify.W002",
         )

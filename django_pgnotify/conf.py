@@ -20,6 +20,9 @@ PREFIX = "PGNOTIFY_"
 
 _ABSENT = object()
 
+AUTO = "auto"
+"""The epoch table in a file of its own for each listen database, user and channel prefix."""
+
 
 class Setting(Generic[T]):
     """One setting: a descriptor that reads ``settings.PGNOTIFY_<NAME>`` at each access.
@@ -72,6 +75,14 @@ def _text_or_empty(value: Any) -> str:
 
 def _optional_text(value: Any) -> str | None:
     return None if value is None else _text(value)
+
+
+def _table(value: Any) -> str | None:
+    if value is None or value == AUTO:
+        return None if value is None else AUTO
+    if not isinstance(value, (str, os.PathLike)) or not os.path.isabs(value):
+        raise ValueError("expected an absolute path, None (in each process) or 'auto'.")
+    return str(os.fspath(value))
 
 
 def _flag(value: Any) -> bool:
@@ -165,6 +176,16 @@ class Conf:
     """Seconds for which an event stays in the log, also when every consumer has passed it."""
     LOG_LIMIT = Setting(30 * 86400.0, _optional_seconds)
     """Seconds after which it is removed though a consumer has not passed it; None for never."""
+
+    EPOCH_TABLE = Setting[str | None](AUTO, _table)
+    """File of the node's epoch table; None keeps one in each process, with a listener for it."""
+    EPOCH_SLOTS = Setting(65_536, _count)
+    """Slots of the epoch table: names that can be invalidated apart from each other, about."""
+    MAX_STALENESS = Setting(30.0, _optional_seconds)
+    """Seconds without a heartbeat after which caches are bypassed; None for never."""
+
+    CLOCK_SKEW = Setting(1.0, _seconds)
+    """Seconds by which the clocks of two nodes may differ, for what one of them has cached."""
 
     @property
     def listen_database(self) -> str:

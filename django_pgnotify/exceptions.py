@@ -13,6 +13,7 @@ PgNotifyError
  │    ├── UnknownConsumer
  │    └── EventDataError
  ├── UnsupportedDatabase
+ ├── InvalidEpochTable
  ├── PublishError
  ├── FrameError
  └── ListenError
@@ -78,6 +79,10 @@ class EventDataError(InvalidArgument):
 
 class UnsupportedDatabase(PgNotifyError):
     """A database alias is not PostgreSQL, or does not exist. Name one that is."""
+
+
+class InvalidEpochTable(PgNotifyError):
+    """The file of an epoch table cannot be used; the message says why and what to do."""
 
 
 class PublishError(PgNotifyError):

@@ -83,6 +83,8 @@ class Registry:
         self.publications: dict[str, Publication] = {}
         self._receivers: dict[str, Receiver] = {}
         self._origins: dict[str, object] = {}
+        self.revision = 0
+        """Another number whenever other receivers are registered."""
 
     @property
     def receivers(self) -> list[Receiver]:
@@ -114,6 +116,7 @@ class Registry:
                 receiver = replace(receiver, uid=uid)
             self._receivers[uid] = receiver
             self._origins[uid] = origin or receiver.func
+            self.revision += 1
 
     def remove(self, func: Callable[..., Any]) -> bool:
         """Forget every registration of ``func``; tells whether there was one."""
@@ -121,6 +124,7 @@ class Registry:
             gone = [uid for uid, origin in self._origins.items() if origin is func]
             for uid in gone:
                 del self._receivers[uid], self._origins[uid]
+            self.revision += 1
             return bool(gone)
 
     def subscriptions(self, receiver: Receiver) -> tuple[Subscription, ...]:
@@ -158,10 +162,12 @@ class Registry:
         """For tests: no receivers inside, and those of before again afterwards."""
         saved = self._receivers, self._origins
         self._receivers, self._origins = {}, {}
+        self.revision += 1
         try:
             yield self
         finally:
             self._receivers, self._origins = saved
+            self.revision += 1
 
 
 registry = Registry()

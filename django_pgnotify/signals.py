@@ -8,7 +8,8 @@ receiver_failed = Signal()
 
 cache_invalidated = Signal()
 """Keys were deleted from a cache. Sender: the source given to ``invalidates``. Arguments:
-``event``, ``cache`` (alias), ``keys`` (list; None where a gap cleared the whole alias)."""
+``event``, ``cache`` (alias), ``keys`` (list; None where a gap cleared the whole alias), ``tags``
+(list)."""
 
 listener_established = Signal()
 """A listener is proven to hear its topics. Sender: the listener. Arguments: ``using`` (alias)."""

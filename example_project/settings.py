@@ -79,14 +79,20 @@ CHANNEL_LAYERS = {
     "default": {"BACKEND": "django_pgnotify.layers.PostgresChannelLayer"},
 }
 
-# Shared by every process of this machine, so that pglisten can delete what a web process stored.
-# A LocMemCache would be out of its reach.
+# In the memory of each process, and never stale: every hit is checked against the epoch table, a
+# file that pglisten keeps. What a process does not have yet, another may have left in the files.
 CACHES = {
     "default": {
+        "BACKEND": "django_pgnotify.caching.NearCache",
+        "OPTIONS": {"SECOND_LEVEL": "files"},
+    },
+    "files": {
         "BACKEND": "django.core.cache.backends.filebased.FileBasedCache",
         "LOCATION": DEMO_DIR / "cache",
     },
 }
+DEMO_DIR.mkdir(parents=True, exist_ok=True)
+PGNOTIFY_EPOCH_TABLE = DEMO_DIR.resolve() / "epochs"
 
 LANGUAGE_CODE = "en-gb"
 TIME_ZONE = "UTC"

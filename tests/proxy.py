@@ -8,6 +8,8 @@ It forwards until told otherwise:
 * :meth:`TCPProxy.blackhole` holds back every byte without closing anything, as
   a cut cable does; new connections are accepted and met with silence.
 * :meth:`TCPProxy.resume` lets the held bytes through.
+* :meth:`TCPProxy.swallow` loses what the server sends, for good: the connections of now are cut
+  when that ends, since no TCP goes on after a loss.
 
 The proxy's own kernel acknowledges what a black hole swallows, so
 ``tcp_user_timeout`` never fires through it: only an application's deadline does.
@@ -44,6 +46,7 @@ class TCPProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._server: asyncio.Server | None = None
         self._links: set[_Link] = set()
+        self._swallowing = False
         self._flowing: asyncio.Event
         self._changed: asyncio.Condition
         self.accepted = 0
@@ -96,6 +99,14 @@ class TCPProxy:
     def resume(self) -> None:
         """Let bytes through again, the held ones first."""
         self._call(self._flow(True))
+
+    def swallow(self) -> None:
+        """Lose every byte that the server sends; nothing is closed."""
+        self._swallowing = True
+
+    def end_swallowing(self, *, reset: bool = False) -> None:
+        """Drop the connections that lost bytes, and forward again."""
+        self._call(self._end_swallowing(reset=reset))
 
     def wait_for_connections(self, count: int, *, timeout: float | None = None) -> None:
         """Wait until exactly ``count`` connections are open through the proxy."""
@@ -157,6 +168,12 @@ class TCPProxy:
             await self._changed.wait_for(lambda: self._links.isdisjoint(links))
         return len(links)
 
+    async def _end_swallowing(self, *, reset: bool) -> None:
+        cutting = asyncio.create_task(self._disconnect(reset=reset))
+        await asyncio.sleep(0)  # those of now are marked as cut, before anything is forwarded
+        self._swallowing = False
+        await cutting
+
     async def _close(self, *, reset: bool) -> None:
         server, self._server = self._server, None
         if server is not None:
@@ -192,7 +209,7 @@ class TCPProxy:
         link.writers.append(far_writer)
         pumps = {
             asyncio.create_task(self._pump(reader, far_writer), name="proxy up"),
-            asyncio.create_task(self._pump(far_reader, writer), name="proxy down"),
+            asyncio.create_task(self._pump(far_reader, writer, link), name="proxy down"),
         }
         try:
             # One side's end is the whole link's: PostgreSQL never half-closes.
@@ -202,10 +219,17 @@ class TCPProxy:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        down: _Link | None = None,
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
                 await self._flowing.wait()
+                if down is not None and (self._swallowing or down.is_cut):
+                    continue
                 writer.write(data)
                 await writer.drain()
         # A cut cable does not carry the end of a connection either.

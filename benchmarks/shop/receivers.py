@@ -1,23 +1,27 @@
 """The receivers of ``pglisten``: each records when it was called, and does nothing else.
 
 ``BENCHMARK_RECEIVER`` says of which kind they are, ``BENCHMARK_RECEIVERS`` how many of them there
-are, and ``BENCHMARK_TOPICS`` how many topics they hear. The driver has none.
+are, and ``BENCHMARK_TOPICS`` how many topics they hear. With ``BENCHMARK_CACHES`` there are none of
+them, and caches are told instead. The driver has none.
 """
 
 from __future__ import annotations
 
 import os
 
+from benchmarks.caching import KEY
 from benchmarks.recording import recorder
-from django_pgnotify import Event, Topic, receiver
+from django_pgnotify import Event, Topic, invalidates, receiver
 
 from .models import AfterCommit, Atomic, Background, Durable, Load
 from .naive import topics
 
-KIND = os.environ.get("BENCHMARK_RECEIVER")
+CACHES = "BENCHMARK_CACHES" in os.environ
+KIND = None if CACHES else os.environ.get("BENCHMARK_RECEIVER")
 RECEIVERS = int(os.environ.get("BENCHMARK_RECEIVERS", "1"))
 TOPICS = int(os.environ.get("BENCHMARK_TOPICS", "1"))
 LOG = Topic("log", delivery="durable")
+TAGGED, KEYED = "tagged", "keyed"
 SOURCES = [AfterCommit, Atomic, Background, *topics(TOPICS)]
 
 if KIND is not None:
@@ -48,3 +52,10 @@ for number in range(RECEIVERS):
         )
         def read(event: Event) -> None:
             record(event)
+
+
+if CACHES:
+    invalidates(TAGGED, tags=["number:{data[number]}"])
+    if "BENCHMARK_REDIS" in os.environ:
+        invalidates(KEYED, keys=["number:{data[number]}"], cache="redis")
+        invalidates(AfterCommit, keys=[KEY], cache="redis")

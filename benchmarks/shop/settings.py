@@ -4,6 +4,9 @@ A process with ``BENCHMARK_DATABASE`` has that one database, as ``default``. The
 alias for each variant that it measures beside the others. The app of a peer is there for its own
 listener, and for the driver, which makes its tables and saves its rows. ``BENCHMARK_SETTINGS`` are
 switched on. msgspec counts as not installed, unless ``BENCHMARK_FAST`` is set.
+
+Each database has an epoch table, so the processes of one database are a node, and the driver is
+another.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 from typing import Any
 
 HOST = "127.0.0.1"
@@ -34,6 +38,19 @@ def _entry(name: str) -> dict[str, Any]:
 DATABASES = {"default": _entry(_DATABASE or TEMPLATE)}
 if _DATABASE is None:
     DATABASES |= {alias: _entry(alias) for alias in ALIASES}
+
+_FOLDER = os.environ.get("BENCHMARK_FOLDER", tempfile.gettempdir())
+PGNOTIFY_EPOCH_TABLE = os.path.join(_FOLDER, f"epochs-of-{_DATABASE or TEMPLATE}")
+_CORE = "django.core.cache.backends"
+CACHES = {
+    "default": {"BACKEND": f"{_CORE}.locmem.LocMemCache"},
+    "near": {"BACKEND": "django_pgnotify.caching.NearCache"},
+}
+if "BENCHMARK_REDIS" in os.environ:
+    CACHES["redis"] = {
+        "BACKEND": f"{_CORE}.redis.RedisCache",
+        "LOCATION": os.environ["BENCHMARK_REDIS"],
+    }
 
 SECRET_KEY = "of the benchmarks only"
 USE_TZ = True

@@ -1,4 +1,7 @@
-"""``invalidates()``: delete keys of a Django cache when a source changes, on every node.
+"""``invalidates()``: delete keys of a cache, or bump tags, on every node when a source changes.
+
+Tags, and keys that templates make, are bumped by the listener itself as soon as it hears of an
+event, and by the writer's process at its commit; keys are deleted afterwards, by a receiver.
 
 What a gap means here: frames may have been missed, and nobody can say for which rows. Where the
 cache backend offers ``delete_pattern`` (django-redis and django-valkey do) and every key template
@@ -11,12 +14,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from django.core.cache import caches
 
 from .. import signals
+from ..epochs.names import tag_name
+from ..epochs.rules import Fields
+from ..epochs.use import declare_use
 from ..events import Event, check_actions
 from ..exceptions import InvalidArgument, InvalidTemplate
 from ..registry import (
@@ -29,6 +35,7 @@ from ..registry import (
     source_name,
 )
 from ..templates import check_template, fields_of, fill, literal_head
+from .shelf import name_of_key
 
 logger = logging.getLogger("django_pgnotify.caching")
 
@@ -40,13 +47,14 @@ Keys = Iterable[str] | Callable[[Event], Iterable[str] | str | None]
 def invalidates(
     source: Source | Iterable[Source],
     *,
-    keys: Keys,
+    keys: Keys | None = None,
+    tags: Iterable[str] = (),
     cache: str = "default",
     actions: Iterable[str] | None = None,
     version: int | None = None,
     dispatch_uid: str | None = None,
 ) -> None:
-    """Delete keys of a cache for each event of a source, in every listener.
+    """Delete keys of a cache, or bump tags, for each event of a source, in every listener.
 
     After a gap the whole alias is cleared, or the keys that begin as the templates do where the
     backend can delete by pattern. A ``pglisten`` cannot reach into another process's memory:
@@ -56,6 +64,8 @@ def invalidates(
         source: a model class, a topic, or a list of them.
         keys: key templates over the fields of an event (``["order:{pk}", "orders"]``), or a
             function of the event that returns keys.
+        tags: templates likewise, of tags that cached values have (see ``cached``). ``keys`` may
+            then be left out. After a gap everything that has a tag is stale.
         cache: alias in CACHES.
         actions: only these actions.
         version: of the keys, as Django's cache API takes it.
@@ -67,25 +77,52 @@ def invalidates(
         DuplicateReceiver: this source invalidates these keys already.
     """
     sources = check_sources(source)
-    templates = _check_keys(keys)
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
+        raise InvalidTemplate(f"tags= takes a list of tag templates; got {tags!r}.")
+    tag_templates = [check_template(tag, "tags=") for tag in tags]
+    if keys is None and tag_templates:
+        keys = []
+        templates = []
+    else:
+        templates = _check_keys(keys)
     if not isinstance(cache, str) or not cache:
         raise InvalidArgument(f"cache= takes an alias of CACHES; got {cache!r}.")
     heads = [literal_head(template) for template in templates]
 
     def invalidate(event: Event) -> None:
+        has_keys = bool(templates) or callable(keys)
+        stale_tags = []
         if event.action == "gap":
-            _clear(caches[cache], cache, heads, version)
+            if has_keys:
+                _clear(caches[cache], cache, heads, version)
             stale: list[str] | None = None
         else:
+            fields = fields_of(event)
             stale = _keys_of(keys, templates, event)
-            if not stale:
+            stale_tags = [fill(template, fields) for template in tag_templates]
+            if not stale and not stale_tags:
                 return
-            caches[cache].delete_many(stale, version=version)
+            if stale:
+                caches[cache].delete_many(stale, version=version)
         for one in _sources_of(event, sources):
-            signals.cache_invalidated.send_robust(one, event=event, cache=cache, keys=stale)
+            signals.cache_invalidated.send_robust(
+                one, event=event, cache=cache, keys=stale, tags=stale_tags
+            )
 
+    def names_of_event(fields: Fields) -> Iterator[str]:
+        for template in tag_templates:
+            yield tag_name(fill(template, fields))
+        for template in templates:
+            yield name_of_key(cache, fill(template, fields), version)
+
+    if tag_templates:
+        declare_use()
     names = ",".join(source_name(one) for one in sources)
-    what = ",".join(templates) if templates else describe(keys)  # type: ignore[arg-type]
+    named = bool(templates or tag_templates)
+    what = ",".join(templates + tag_templates) if named else describe(keys)  # type: ignore[arg-type]
+    purpose: dict[str, Any] = {"names": names_of_event} if named else {}
+    if templates or callable(keys):
+        purpose["cache"] = cache
     registry.add(
         Receiver(
             uid=dispatch_uid or f"invalidates:{names}->{cache}:{what}",
@@ -95,10 +132,10 @@ def invalidates(
             every_node=True,
             durable=False,
             on_gap=True,
-            purpose={"cache": cache},
+            purpose=purpose,
         ),
-        explicit_uid=dispatch_uid is not None or bool(templates),
-        origin=None if templates else keys,
+        explicit_uid=dispatch_uid is not None or named,
+        origin=None if named else keys,
     )
 
 
@@ -125,10 +162,10 @@ def _check_keys(keys: object) -> list[str]:
     return templates
 
 
-def _keys_of(keys: Keys, templates: list[str], event: Event) -> list[str]:
-    if templates:
+def _keys_of(keys: Keys | None, templates: list[str], event: Event) -> list[str]:
+    if not callable(keys):
         return [fill(template, fields_of(event)) for template in templates]
-    found = keys(event)  # type: ignore[operator]
+    found = keys(event)
     if found is None:
         return []
     return [found] if isinstance(found, str) else list(found)

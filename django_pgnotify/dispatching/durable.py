@@ -29,6 +29,7 @@ class DurableSide:
         using: alias that the service listens on; the consumers' locks are held through it.
         stats: of the service.
         observe: told, on the loop, of the events of topics that only consumers read.
+        also_heard: topics that are heard live for the caches, whoever else reads them.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class DurableSide:
         using: str,
         stats: Stats,
         observe: Observe | None,
+        also_heard: frozenset[str] = frozenset(),
     ) -> None:
         self.live_routes: list[Route] = []
         self.registered = True
@@ -63,7 +65,7 @@ class DurableSide:
         self._only_woken = self.topics - heard_live
         prefix = conf.CHANNEL_PREFIX
         self._wakes = {wire_channel(topic, prefix): frozenset([topic]) for topic in self.topics}
-        self._silent = {wire_channel(topic, prefix) for topic in self._only_woken}
+        self._silent = {wire_channel(one, prefix) for one in self._only_woken - also_heard}
         self._operators = waking_channel()
         self._using = using
         self._stats = stats

@@ -17,9 +17,12 @@ from django.db import DatabaseError, close_old_connections
 from .. import signals
 from ..conf import conf
 from ..durable.retention import LogPruner, logged_topics
+from ..epochs.node import node_table
+from ..epochs.use import heartbeat_interval, is_in_use
 from ..events import Event
 from ..listening.connection import Notification
-from ..listening.intake import Intake
+from ..listening.feed import EpochFeed
+from ..listening.intake import Consumer, Intake
 from ..listening.listener import Listener
 from ..registry import Registry, registry
 from ..stats import Stats
@@ -60,6 +63,26 @@ class _Observed:
         self._dispatcher.dispatch(events, size)
 
 
+class _Fed:
+    """A consumer that has the epoch table brought up to date before anybody else hears of it."""
+
+    def __init__(self, consumer: Consumer, feed: EpochFeed, topics: frozenset[str]) -> None:
+        self._consumer = consumer
+        self._feed = feed
+        self._topics = topics
+        self.led = consumer.led
+
+    def dispatch(self, events: Sequence[Event], size: int) -> None:
+        self._feed.apply(events)
+        heard = [event for event in events if event.topic in self._topics]
+        if heard:
+            self._consumer.dispatch(heard, size * len(heard) // len(events))
+
+    def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
+        self._feed.gap(since, until, cause, for_leader=for_leader)
+        self._consumer.gap(since, until, cause, for_leader=for_leader)
+
+
 class Service:
     """A listener, its intake and its dispatcher. Make it and run it on one event loop.
 
@@ -89,8 +112,17 @@ class Service:
         self.routes = routes_of(registry, topics)
         heard = {s.topic: None for route in self.routes for s in route.subscriptions}
         self.topics = list(heard | dict.fromkeys(topics or ()))
+        # Only who hears all that caches depend on can say that all of it was heard.
+        fed = topics is None and using == conf.listen_database and is_in_use()
+        self.feed = EpochFeed(node_table()) if fed else None
+        fed_topics = frozenset() if self.feed is None else self.feed.topics
         self.durable = DurableSide(
-            self.routes, registry, using=using, stats=self.stats, observe=observe
+            self.routes,
+            registry,
+            using=using,
+            stats=self.stats,
+            observe=observe,
+            also_heard=fed_topics,
         )
         self._live = self.durable.live_routes
         self.dispatcher = Dispatcher(
@@ -109,8 +141,19 @@ class Service:
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._health_file = None if health_file is None else Path(health_file)
-        consumer = self.dispatcher if observe is None else _Observed(self.dispatcher, observe)
-        self._intake = Intake(self.topics, conf.rows_database(self.using), consumer, self.stats)
+        consumer: Consumer = self.dispatcher
+        if observe is not None:
+            consumer = _Observed(self.dispatcher, observe)
+        if self.feed is not None:
+            live = frozenset(s.topic for route in self._live for s in route.subscriptions)
+            consumer = _Fed(consumer, self.feed, live)
+        self._intake = Intake(
+            [*self.topics, *(fed_topics - set(self.topics))],
+            conf.rows_database(self.using),
+            consumer,
+            self.stats,
+            on_broken=None if self.feed is None else self.feed.missed,
+        )
         for_leader = any(not route.receiver.every_node for route in self._live)
         # Listeners of different topics must not keep each other from leading. Where their topics
         # overlap both lead: docs/explanation/leader-and-standby says not to do that.
@@ -122,6 +165,8 @@ class Service:
             self,
             leadership=self._leadership,
             gap_on_start=conf.GAP_ON_START,
+            on_proven=None if self.feed is None else self._proven,
+            heartbeat_interval=None if self.feed is None else heartbeat_interval(),
         )
 
     @property
@@ -182,6 +227,8 @@ class Service:
 
     def lost(self, cause: str, retry_in: float) -> None:
         self._established = False
+        if self.feed is not None:
+            self._intake.in_turn(self.feed.lost)
         self._report_health()
         if self._on_lost is not None:
             self._on_lost(cause, retry_in)
@@ -193,6 +240,11 @@ class Service:
 
     def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
         self._intake.gap(since, until, cause, for_leader=for_leader)
+
+    def _proven(self, at: int, channels: frozenset[str]) -> None:
+        feed = self.feed
+        if feed is not None:
+            self._intake.in_turn(lambda: feed.proven(at, channels))
 
     def _overflowed(self, since: datetime, until: datetime, cause: str) -> None:
         self.listener.note_gap(since, until, cause)
@@ -269,6 +321,7 @@ class Service:
             "waiting": self.dispatcher.waiting,
             "running": self.dispatcher.running,
             "consumers": len(self.durable.held),
+            **({"epoch_table": None, "caches": {}} if self.feed is None else self.feed.status()),
             "counts": self.stats.snapshot(),
             "at": datetime.now(UTC).isoformat(),
         }

@@ -20,9 +20,10 @@ from datetime import datetime
 from typing import Any
 
 from ..conf import conf
+from ..epochs.use import heartbeat_interval
 from ..exceptions import ListenError
 from .connection import Notification
-from .listener import Listener
+from .listener import Listener, OnProven
 
 logger = logging.getLogger("django_pgnotify.listening")
 
@@ -46,11 +47,15 @@ class Subscription:
         on_notifications: OnNotifications,
         on_gap: OnGap | None,
         on_end: Callable[[], None] | None,
+        on_proven: OnProven | None = None,
+        on_lost: Callable[[], None] | None = None,
     ) -> None:
         self.channel = channel
         self.on_notifications = on_notifications
         self.on_gap = on_gap
         self.on_end = on_end
+        self.on_proven = on_proven
+        self.on_lost = on_lost
         self.established: Future[None] = Future()
         self._background = background
 
@@ -92,9 +97,13 @@ class BackgroundListener:
         on_notifications: OnNotifications,
         on_gap: OnGap | None = None,
         on_end: Callable[[], None] | None = None,
+        on_proven: OnProven | None = None,
+        on_lost: Callable[[], None] | None = None,
     ) -> Subscription:
         """Hear what arrives on ``channel``. Callbacks run in the listener's thread: be quick."""
-        subscription = Subscription(self, channel, on_notifications, on_gap, on_end)
+        subscription = Subscription(
+            self, channel, on_notifications, on_gap, on_end, on_proven, on_lost
+        )
         with self._lock:
             self._subscriptions.setdefault(channel, []).append(subscription)
             if channel in self._listened_to:
@@ -165,7 +174,14 @@ class BackgroundListener:
             channels = frozenset(self._subscriptions)
             if self._stopped:
                 return
-            self._listener = Listener(self.using, channels, self)
+            self._listener = Listener(
+                self.using,
+                channels,
+                self,
+                on_proven=self._proven,
+                # Where it keeps an epoch table, that is one of this process.
+                heartbeat_interval=heartbeat_interval() if conf.EPOCH_TABLE is None else None,
+            )
             self._loop = asyncio.get_running_loop()
         self._want(self._listener)  # what was subscribed to meanwhile
         await self._listener.run()
@@ -187,6 +203,10 @@ class BackgroundListener:
                 for subscription in same:
                     if subscription.established.done():
                         subscription.established = Future()
+            everybody = [entry for same in self._subscriptions.values() for entry in same]
+        for subscription in everybody:
+            if subscription.on_lost is not None:
+                self._call(subscription.on_lost)
 
     def status(self) -> dict[str, Any]:
         return {
@@ -199,6 +219,13 @@ class BackgroundListener:
             **({} if self._listener is None else self._listener.health()),
             "topics": sorted(self._listened_to),
         }
+
+    def _proven(self, at: int, channels: frozenset[str]) -> None:
+        with self._lock:
+            everybody = [entry for same in self._subscriptions.values() for entry in same]
+        for subscription in everybody:
+            if subscription.on_proven is not None:
+                self._call(subscription.on_proven, at, channels)
 
     def led(self, leader: bool) -> None:
         """Never: this listener does not compete."""
@@ -268,12 +295,23 @@ _listeners: dict[str, BackgroundListener] = {}
 _guard = threading.Lock()
 
 
-def background_listener(using: str) -> BackgroundListener:
-    """The listener of this process on alias ``using``, started if it is not running."""
+def background_listener(
+    using: str, subscribe: Callable[[BackgroundListener], None] | None = None
+) -> BackgroundListener:
+    """The listener of this process on alias ``using``, started if it is not running.
+
+    Args:
+        subscribe: subscribes to it, if possible before it starts, so that its first proof covers
+            all of that.
+    """
     with _guard:
         listener = _listeners.get(using)
-        if listener is None or not listener.alive:
+        starts = listener is None or not listener.alive
+        if listener is None or starts:
             listener = _listeners[using] = BackgroundListener(using)
+        if subscribe is not None:
+            subscribe(listener)
+        if starts:
             listener.start()
         return listener
 

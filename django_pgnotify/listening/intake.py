@@ -57,13 +57,22 @@ class Intake:
         using: alias that stored events are fetched from, and that events say they came from.
         consumer: what receives the events.
         stats: ``received``, ``foreign``, ``broken`` and ``gaps`` are counted here.
+        on_broken: told of what nobody can be told of: it was heard and could not be understood.
     """
 
-    def __init__(self, topics: Sequence[str], using: str, consumer: Consumer, stats: Stats) -> None:
+    def __init__(
+        self,
+        topics: Sequence[str],
+        using: str,
+        consumer: Consumer,
+        stats: Stats,
+        on_broken: Callable[[], None] | None = None,
+    ) -> None:
         self._topics = {wire_channel(topic, conf.CHANNEL_PREFIX): topic for topic in topics}
         self._using = using
         self._consumer = consumer
         self._stats = stats
+        self._on_broken = on_broken
         self._verify = signing.verify if conf.SIGNING else None
         # While a stored event is being fetched, everything behind it waits here, in order.
         self._waiting: deque[Callable[[], Any]] = deque()
@@ -94,6 +103,10 @@ class Intake:
 
     def led(self, leader: bool) -> None:
         self._in_turn(lambda: self._consumer.led(leader))
+
+    def in_turn(self, action: Callable[[], None]) -> None:
+        """Do something once everything taken in so far has been handed on; at once, mostly."""
+        self._in_turn(action)
 
     async def settled(self) -> None:
         """Wait until everything taken in so far has been handed on."""
@@ -215,6 +228,9 @@ class Intake:
 
     def _report(self, topic: str, backend: int, size: int, exc: Exception) -> None:
         self._stats.add("broken")
+        # With signing on, what is not ours must not be able to empty caches.
+        if self._on_broken is not None and (self._verify is None or not backend):
+            self._on_broken()
         logger.warning(
             "Skipped a frame or event on topic %r from backend %d (%d bytes): %s",
             topic,

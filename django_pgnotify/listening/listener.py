@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from django.db import connections
 from .. import signals
 from ..backoff import Backoff
 from ..conf import conf
+from ..epochs.clock import node_clock
 from ..exceptions import ConnectionLost, ListenError
 from ..wire import wire_channel
 from . import commands as todo
@@ -31,6 +32,8 @@ logger = logging.getLogger("django_pgnotify.listening")
 
 BACKOFF_BASE = 0.1
 """Upper bound, in seconds, of the first pause between attempts to connect."""
+
+OnProven = Callable[[int, frozenset[str]], None]
 
 _ECHO = (
     b"SELECT pg_notify($1, $2), (SELECT json_agg(channel) FROM pg_listening_channels() AS channel)"
@@ -55,6 +58,9 @@ class Listener:
         sink: what receives.
         leadership: name of the lock to compete for; None never leads.
         gap_on_start: tell of a gap, since nobody knows when, at the first establishment too.
+        on_proven: told after each heartbeat by when, as ``node_clock`` reads, everything that was
+            committed on which channels has been given to the sink.
+        heartbeat_interval: seconds, where it is to be less than ``PGNOTIFY_HEARTBEAT_INTERVAL``.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class Listener:
         *,
         leadership: str | None = None,
         gap_on_start: bool = False,
+        on_proven: OnProven | None = None,
+        heartbeat_interval: float | None = None,
     ) -> None:
         self.using = using
         self.last_error: Exception | None = None
@@ -81,12 +89,16 @@ class Listener:
         own = (self._echo_channel, self._status_channel, self._leader_channel)
         self._own_channels = frozenset(channel for channel in own if channel is not None)
         self._timeout = conf.HEARTBEAT_TIMEOUT
+        self._on_proven = on_proven
+        interval = conf.HEARTBEAT_INTERVAL
+        if heartbeat_interval is not None:
+            interval = min(interval, heartbeat_interval)
         self.session = Session(
             channels,
             backoff=Backoff(BACKOFF_BASE, conf.RECONNECT_MAX_DELAY),
             new_nonce=lambda: secrets.token_hex(8),
             timing=Timing(
-                heartbeat_interval=conf.HEARTBEAT_INTERVAL,
+                heartbeat_interval=interval,
                 heartbeat_timeout=self._timeout,
                 connect_timeout=conf.CONNECT_TIMEOUT + self._timeout,
                 leader_poll_interval=conf.LEADER_POLL_INTERVAL,
@@ -97,6 +109,7 @@ class Listener:
         self._connection: ListenConnection | None = None
         self._server_listens: frozenset[str] | None = None
         self._echo_sent = 0.0
+        self._echo_began = 0
         self._unread: deque[Notification] = deque()
         self._wanted: frozenset[str] | None = None
         self._stop_requested = False
@@ -244,7 +257,12 @@ class Listener:
 
     async def _echoed(self, nonce: str) -> None:
         self.round_trip = self._now() - self._echo_sent
+        channels = self.session.asked_for(nonce)
+        began = self._echo_began
         await self._carry_out(self.session.echoed(self._now(), nonce, self._server_listens))
+        # Behind what it leads to: a gap, and frames that had to wait for it.
+        if channels and self._on_proven is not None and self.session.state == "established":
+            self._on_proven(began, channels)
 
     async def _answer(self, channel: str) -> None:
         if self._connection is not None and may_reply_on(channel, conf.CHANNEL_PREFIX):
@@ -383,7 +401,7 @@ class Listener:
 
     async def _echo(self, nonce: str) -> None:
         connection = self._open()
-        self._echo_sent = self._now()
+        self._echo_sent, self._echo_began = self._now(), node_clock()
         if not connection.pooled:
             [(_, channels)] = await connection.execute(
                 _ECHO, (self._echo_channel, nonce), timeout=self._timeout

@@ -181,6 +181,10 @@ class Session:
         self._set_alarm()
         return [*commands, *self._change_channels(now)]
 
+    def asked_for(self, nonce: str) -> frozenset[str]:
+        """The channels that an echo with this nonce proves; none if it is not awaited."""
+        return self._echo_channels & self.listened_to if nonce == self._nonce else frozenset()
+
     def notified(self, now: float, notifications: list[Any]) -> list[Command]:
         if self.state == "established":
             proof_age = now - (self.proven_at or now)

@@ -19,9 +19,22 @@ def may_reply_on(channel: str, prefix: str) -> bool:
 
 
 def status_payload(status: dict[str, Any]) -> str:
-    """A status as NOTIFY payload; of too many topics only the first ones are named."""
+    """A status as NOTIFY payload; of too many topics, and tags of caches, some are left out."""
     text = json.dumps(status)
-    while byte_length(text) > PAYLOAD_LIMIT and status["topics"]:
-        status = status | {"topics": status["topics"][: len(status["topics"]) // 2]}
+    while byte_length(text) > PAYLOAD_LIMIT:
+        caches = status.get("caches", {})
+        if any(counts.get("tags") for counts in caches.values()):
+            status = status | {"caches": {name: _fewer_tags(caches[name]) for name in caches}}
+        elif status["topics"]:
+            status = status | {"topics": status["topics"][: len(status["topics"]) // 2]}
+        elif caches:
+            status = status | {"caches": {}}
+        else:
+            break
         text = json.dumps(status)
     return text
+
+
+def _fewer_tags(counts: dict[str, Any]) -> dict[str, Any]:
+    tags = list(counts.get("tags", {}).items())
+    return counts | {"tags": dict(tags[: len(tags) // 2])}

@@ -31,7 +31,8 @@ from ..conf import conf
 from ..exceptions import PublishError
 from ..stats import publishing_stats
 from .buffer import Noted, encoded, portions
-from .sender import report_unsent, send_by_notify
+from .sender import send_by_notify
+from .unsent import report_unsent
 
 logger = logging.getLogger("django_pgnotify.publishing")
 

@@ -48,12 +48,21 @@ class CommitBuffer:
     Args:
         connection: whose transactions the events belong to.
         send: sends events on an alias; must not raise, because the commit stands.
+        committed: told of runs whose commit nobody else has told of; must not raise either.
     """
 
-    def __init__(self, connection: BaseDatabaseWrapper, send: Send) -> None:
+    def __init__(
+        self,
+        connection: BaseDatabaseWrapper,
+        send: Send,
+        committed: Callable[[Sequence[Run]], None] = lambda runs: None,
+    ) -> None:
         self.connection = connection
         self._send = send
+        self._committed = committed
         self.released: list[Run] = []
+        self.by_hand: list[Noted] = []
+        """Events that have left in a transaction that Django knows nothing of."""
         self._flush = self.flush  # one object, so that a look tells which hook is ours
         self._place = 0
         """How many hooks at the head of the list are ours; the last of them is ``flush``."""
@@ -62,55 +71,78 @@ class CommitBuffer:
         """Send ``event`` on alias ``using`` after the commit; at once outside a transaction."""
         connection = self.connection
         if not connection.in_atomic_block:
+            self._committed([Run(self, [], using, event)])
             self._send([event], using)
             return
+        self.run_for(using).events.append(event)
+
+    def sent(self, event: Noted, using: str) -> None:
+        """Note an event of the open transaction that has left, for what its commit means."""
+        self.run_for(using).sent.append(event)
+
+    def run_for(self, using: str) -> Run:
+        """The run that an event belongs to which is published now; there must be a transaction."""
+        connection = self.connection
         hooks = _hooks(connection)
         if _in_testcase(connection):
             # captureOnCommitCallbacks() looks at hooks that were added at the end.
-            hooks += self._run_with(event, using)
-            return
+            run = Run(self, connection.savepoint_ids, using)
+            hooks += self._hooks_of(run)
+            return run
         place = self._place
         if not (0 < place <= len(hooks) and hooks[place - 1][1] is self._flush):
             # Another transaction, or a savepoint took some of our hooks with it.
             flushes = (n for n, hook in enumerate(hooks, 1) if hook[1] is self._flush)
             self._place = place = next(flushes, 0)
-        run: Any = getattr(hooks[place - 2][1], "__self__", None) if place > 1 else None
-        if type(run) is Run and run.using == using and run.savepoints == connection.savepoint_ids:
-            run.events.append(event)
-            return
+        last: Any = getattr(hooks[place - 2][1], "__self__", None) if place > 1 else None
+        if (
+            type(last) is Run
+            and last.using == using
+            and last.savepoints == connection.savepoint_ids
+        ):
+            return last
+        run = Run(self, connection.savepoint_ids, using)
         if place == 0:
-            hooks[:0] = self._run_with(event, using)
+            hooks[:0] = self._hooks_of(run)
             self._place = 2
         else:
-            hooks.insert(place - 1, self._run_with(event, using)[0])
+            hooks.insert(place - 1, self._hooks_of(run)[0])
             self._place = place + 1
+        return run
 
-    def _run_with(self, event: Noted, using: str) -> list[_Hook]:
+    def _hooks_of(self, run: Run) -> list[_Hook]:
         """The hooks of a new run: its release, and the flush behind it."""
-        run = Run(self, self.connection.savepoint_ids, using, event)
         return [(set(run.savepoints), run.release, True), (set(), self._flush, True)]
 
     def flush(self) -> None:
         """Send what has been released, alias by alias."""
         released, self.released = self.released, []
+        if any(not run.told for run in released):
+            self._committed([run for run in released if not run.told])
         for using, runs in groupby(released, attrgetter("using")):
-            self._send([event for run in runs for event in run.events], using)
+            events = [event for run in runs for event in run.events]
+            if events:
+                self._send(events, using)
 
 
 class Run:
-    """Events for one alias, published one after the other under the same savepoints."""
+    """Events for one alias, published one after the other under the same savepoints.
+
+    Attributes:
+        events: that are still to be sent.
+        sent: that left inside the transaction.
+        told: whether somebody has been told of the commit of its events.
+    """
 
     def __init__(
-        self,
-        buffer: CommitBuffer,
-        savepoints: list[str],
-        using: str,
-        first: Noted,
+        self, buffer: CommitBuffer, savepoints: list[str], using: str, *events: Noted
     ) -> None:
         self.buffer = buffer
         self.savepoints = savepoints.copy()
         self.using = using
-        self.events = [first]
+        self.events = list(events)
+        self.sent: list[Noted] = []
+        self.told = False
 
     def release(self) -> None:
         self.buffer.released.append(self)

@@ -16,10 +16,12 @@ from ..events import Delivery, Topic, check_delivery, check_topic, new_event_id
 from ..exceptions import InvalidArgument
 from ..wire import Outgoing, encode_event
 from . import background
-from .buffer import CommitBuffer, Noted, encoded, portions
+from .buffer import CommitBuffer, Noted, Run, encoded, portions
+from .committed import committed
 from .plain import ENCODER
 from .riding import let_events_ride
-from .sender import is_default_transport, postgres_connection, report_unsent, send
+from .sender import is_default_transport, postgres_connection, send
+from .unsent import announce_events, report_unsent
 
 _BUFFER = "_pgnotify_commit_buffer"
 
@@ -162,11 +164,10 @@ def deliver(event: Noted, tier: Delivery, connection: BaseDatabaseWrapper, using
             return  # it cannot be carried, which has been reported
         append(logged, using)
         event = logged[0]
-    if tier == "atomic" and connection.alias == using:
-        send(encoded([event]), using)
-    elif not connection.in_atomic_block and not _autocommit(connection):
+    by_hand = not connection.in_atomic_block and not _autocommit(connection)
+    if by_hand or (tier == "atomic" and connection.alias == using):
         # Nobody tells us of a commit made by hand; inside the transaction PostgreSQL does.
-        send(encoded([event]), using)
+        _send_now(encoded([event]), connection, using)
     else:
         _buffer_of(connection).add(event, using)
 
@@ -183,13 +184,34 @@ def _deliver_many(
     if tier == "durable":
         append(events, using)
     if tier == "atomic" or not (connection.in_atomic_block or _autocommit(connection)):
-        send(events, using)
+        _send_now(events, connection, using)
     elif connection.in_atomic_block:
         buffer = _buffer_of(connection)
         for event in events:
             buffer.add(event, using)
     else:
+        committed([Run(_buffer_of(connection), [], using, *events)])
         send_committed(events, using)
+
+
+def _send_now(events: Sequence[Outgoing], connection: BaseDatabaseWrapper, using: str) -> None:
+    """Send, in the open transaction if there is one, and note what its commit will mean here."""
+    buffer = _buffer_of(connection)
+    if outside_transaction(connection):
+        run = Run(buffer, [], using, *events)
+        committed([run])
+        try:
+            send(events, using)
+        except Exception:
+            announce_events(events)
+            raise
+        return
+    send(events, using)
+    if connection.in_atomic_block:
+        for event in events:
+            buffer.sent(event, using)
+    else:
+        buffer.by_hand += events
 
 
 def outside_transaction(connection: BaseDatabaseWrapper) -> bool:
@@ -207,9 +229,9 @@ def _buffer_of(connection: BaseDatabaseWrapper) -> CommitBuffer:
     # Kept on the connection itself: it is per thread, as the transaction is.
     buffer: CommitBuffer | None = getattr(connection, _BUFFER, None)
     if buffer is None:
-        buffer = CommitBuffer(connection, send_committed)
+        buffer = CommitBuffer(connection, send_committed, committed)
         setattr(connection, _BUFFER, buffer)
-        let_events_ride(connection)
+        let_events_ride(connection, buffer)
     return buffer
 
 

@@ -15,22 +15,45 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import pq
 
 from ..conf import conf
+from ..epochs.use import is_in_use
 from ..stats import publishing_stats
 from ..wire import Outgoing
-from .buffer import FIRST_PORTION, Run, encoded, runs_of
-from .sender import is_default_transport, packer_in_use, report_unsent
+from .buffer import FIRST_PORTION, CommitBuffer, Run, encoded, runs_of
+from .committed import bump, names_of_events, names_of_runs
+from .sender import is_default_transport, packer_in_use
 from .statement import FRAMES_PER_STATEMENT, Frame, can_ride, commit_and_notify
+from .unsent import in_doubt, report_unsent
 
 
-def let_events_ride(connection: BaseDatabaseWrapper) -> None:
-    """Have the events of each transaction of ``connection`` ride with its COMMIT."""
+def let_events_ride(connection: BaseDatabaseWrapper, buffer: CommitBuffer) -> None:
+    """Have the events of each transaction of ``connection`` ride with its COMMIT.
+
+    What they invalidate is stale on this node when the COMMIT has been answered, before anybody's
+    hook runs; or when nobody will ever know whether it took place.
+    """
     commit = connection._commit  # type: ignore[attr-defined]
 
     def commit_with_events() -> None:
         runs = runs_of(connection)
         if runs and _is_rolled_back(connection):
             for run in runs:
-                run.events = []
+                run.events, run.sent = [], []
+        names = names_of_runs(runs)
+        if buffer.by_hand:
+            if is_in_use():
+                names |= names_of_events(buffer.by_hand)
+            buffer.by_hand = []
+        if not names:
+            commit_runs(runs)
+            return
+        try:
+            commit_runs(runs)
+        except BaseException:
+            in_doubt(names, connection)
+            raise
+        bump(names)
+
+    def commit_runs(runs: list[Run]) -> None:
         riders = _riders(runs, connection) if runs else []
         packer = packer_in_use() if riders else None
         frames = packer.pack(riders) if packer is not None and packer.fit(riders) else []
@@ -57,8 +80,6 @@ def _riders(runs: Sequence[Run], connection: BaseDatabaseWrapper) -> list[Outgoi
     riders: list[Outgoing] = []
     for run in runs:
         first = run.events[: FIRST_PORTION - len(riders)]
-        if not first:
-            break
         sent = encoded(first)
         run.events[: len(first)] = sent
         riders += sent

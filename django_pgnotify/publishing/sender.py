@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from ..exceptions import UnsupportedDatabase
 from ..stats import publishing_stats
 from ..wire import FramePacker, Outgoing, reference_to
 from .statement import notify
-
-logger = logging.getLogger("django_pgnotify.publishing")
 
 
 class Transport(Protocol):
@@ -84,9 +81,21 @@ def own_connection(using: str) -> BaseDatabaseWrapper:
 
 def _note_process(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
     setattr(connection, _OPENED_BY, os.getpid())
+    pgconn = getattr(connection.connection, "pgconn", None)
+    setattr(connection, _BACKEND, 0 if pgconn is None else pgconn.backend_pid)
+
+
+def lost_backend(connection: BaseDatabaseWrapper) -> int | None:
+    """Pid of the server process that a broken connection had; None if it is not broken.
+
+    It may be carrying out still what it was last told.
+    """
+    raw = connection.connection
+    return getattr(connection, _BACKEND, 0) if getattr(raw, "closed", False) else None
 
 
 _OPENED_BY = "_pgnotify_opened_by"
+_BACKEND = "_pgnotify_backend"
 _inherited: list[Any] = []
 connection_created.connect(_note_process, dispatch_uid="django_pgnotify")
 
@@ -127,21 +136,6 @@ def current_transport() -> Transport:
 
 def is_default_transport() -> bool:
     return _transport is _default_transport
-
-
-def report_unsent(events: Sequence[Outgoing], using: str, exc: Exception) -> None:
-    """Count and log events that could not be sent after their commit; payloads are not logged."""
-    publishing_stats.add("publish_failed", len(events))
-    topics = sorted({event.topic for event in events})
-    logger.error(
-        "%d event(s) of topic(s) %s could not be sent on database %r after the commit: %s",
-        len(events),
-        ", ".join(topics),
-        using,
-        exc,
-        exc_info=exc,
-        extra={"topics": topics, "count": len(events), "using": using},
-    )
 
 
 def check_alias(using: object) -> str:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from asgiref.sync import sync_to_async
 
-from django_pgnotify import Event, forward, invalidates, publish, receiver
-from django_pgnotify.signals import cache_invalidated
+from django_pgnotify import Event, forward, publish, receiver
 
 from . import orders
 from .models import HEADLINES, Activity, Order, PackingSlip, Status
-from .summary import KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +21,15 @@ forward(PackingSlip, group=BOARD_GROUP, type="slip.printed", actions=["created"]
 forward(Activity, group=BOARD_GROUP, type="activity.added", actions=["created"])
 forward("shop.summary", group=BOARD_GROUP, type="summary.changed")
 
-# To the cache that the web processes of this machine share.
-invalidates(Order, keys=KEYS)
 
+@receiver(Order, every_node=True, on_gap=True)
+def announce_summary(event: Event) -> None:
+    """Tell the boards that the cached summary is stale; after a gap, to load it all.
 
-def announce_summary(sender: object, event: Event, **kwargs: Any) -> None:
-    """Tell the boards once the cached summary is gone: earlier, they would read the old one.
-
-    After a gap nobody knows which orders changed, so the boards are told to load it all.
+    By the time that a receiver runs, it is so on this node. Each node says it for itself: one that
+    is told by another may still have the old figures.
     """
     publish("shop.summary", {"whole_board": event.action == "gap"})
-
-
-cache_invalidated.connect(announce_summary, sender=Order, dispatch_uid="shop.announce_summary")
 
 
 @receiver(Order, actions=["created", "updated"], retries=3, on_gap=True)

@@ -1,25 +1,20 @@
-"""The figures at the top of the board: computed once, cached for every process of this machine."""
+"""The figures at the top of the board: computed once, and anew when an order changes."""
 
 from __future__ import annotations
 
 import os
-import uuid
 from datetime import timedelta
 from typing import Any
 
-from django.core.cache import cache
 from django.db.models import Count, Q, Sum
 from django.utils import timezone
 
+from django_pgnotify.caching import cached
+
 from .models import Order, Status
 
-KEY = "shop:summary"
-LEASE = "shop:summary:lease"
-
-# What receivers.py has deleted when an order changes.
-KEYS = [KEY, LEASE]
-
-# The bound on staleness when nobody listens. The figures also slide with the clock.
+# The bound on staleness when nobody listens is PGNOTIFY_MAX_STALENESS; this one is there because
+# "today" slides with the clock.
 TIMEOUT = 300
 
 TAKEN = (Status.PAID, Status.PACKED, Status.SHIPPED)
@@ -27,20 +22,12 @@ TAKEN = (Status.PAID, Status.PACKED, Status.SHIPPED)
 
 def summary() -> tuple[dict[str, Any], bool]:
     """The figures, and whether they came out of the cache."""
-    cached = cache.get(KEY)
-    if cached is not None:
-        return cached, True
-    # A change may be invalidated between our reading the rows and our storing the result, which
-    # would then be stale with nobody left to delete it. The lease goes with the key, so a result
-    # whose lease is gone is used once and not stored.
-    lease = uuid.uuid4().hex
-    cache.set(LEASE, lease, TIMEOUT)
+    asked_at = timezone.now().isoformat()
     figures = compute()
-    if cache.get(LEASE) == lease:
-        cache.set(KEY, figures, TIMEOUT)
-    return figures, False
+    return figures, figures["computed_at"] < asked_at
 
 
+@cached(key="shop:summary", timeout=TIMEOUT, depends_on=[Order])
 def compute() -> dict[str, Any]:
     now = timezone.now()
     by_status = dict.fromkeys(Status.values, 0)

@@ -47,8 +47,10 @@ TESTS = [
 
 
 @pytest.fixture(autouse=True)
-def shop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def shop(monkeypatch: pytest.MonkeyPatch, settings: Any, tmp_path: Path) -> Iterator[None]:
     """The shop that the examples import from, and nothing registered before or after them."""
+    settings.PGNOTIFY_EPOCH_TABLE = tmp_path / "epochs"
+    settings.PGNOTIFY_MAX_STALENESS = None  # nobody listens; the examples are the only writers
     package = types.ModuleType("shop")
     package.models = models  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "shop", package)

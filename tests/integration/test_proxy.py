@@ -102,6 +102,25 @@ def test_a_blackhole_is_silent_and_resume_delivers_what_it_held(proxy: TCPProxy,
         assert one(connection) == 1
 
 
+def test_what_is_swallowed_is_lost_and_its_connection_is_cut_at_the_end(
+    proxy: TCPProxy, url: str
+) -> None:
+    ssl_request = bytes.fromhex("0000000804d2162f")  # answered by one byte
+    with socket.create_connection((proxy.host, proxy.port), timeout=10) as raw:
+        proxy.wait_for_connections(1)
+        proxy.swallow()
+        raw.sendall(ssl_request)
+        raw.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            raw.recv(1)
+        assert proxy.connections == 1
+        proxy.end_swallowing()
+        raw.settimeout(10)
+        assert raw.recv(1) == b""
+    with psycopg.connect(url) as second:
+        assert one(second) == 1
+
+
 def test_a_blackhole_accepts_new_connections_and_never_answers(proxy: TCPProxy, url: str) -> None:
     proxy.blackhole()
     with pytest.raises(psycopg.errors.ConnectionTimeout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import cli, report, results
 from benchmarks.chart import chart
 from benchmarks.figures import percentile, ratio, spread
 from benchmarks.frame import CannotRun, Case, CaseResult, Measure, Metric, Scenario, Target, Variant
 from benchmarks.recording import LostEvents, Recording, recorder
+from benchmarks.results import Section
 from benchmarks.running import interleaved, run_case
 
 RATE = Metric("", "events/s", more_is_better=True)
@@ -161,7 +163,8 @@ def test_the_summary_says_of_each_target_whether_it_is_met(
     measured: dict[str, list[float]], row: str
 ) -> None:
     target = Target("faster", "", "ours", "naive", at_least=1.5)
-    assert row in report.summary([(scenario(), [result(measured, target)])]).splitlines()
+    section = Section(scenario(), [result(measured, target)], {})
+    assert row in report.summary([section]).splitlines()
 
 
 def test_a_target_without_a_reference_is_about_the_value_itself() -> None:
@@ -177,11 +180,102 @@ def test_figures_have_three_digits_that_count() -> None:
 
 
 def test_a_chart_is_well_formed_shows_every_variant_and_is_the_same_each_time() -> None:
-    results = [(scenario("burst & more"), [result({"naive": [1.0, 2.0]})])]
-    drawn = chart("Listening", results)
+    drawn_of = [(scenario("burst & more"), [result({"naive": [1.0, 2.0]})])]
+    drawn = chart("Listening", drawn_of)
     texts = [text.text for text in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
     assert {"burst & more: a case", "naive", "ours", "cannot run"} <= set(texts)
-    assert chart("Listening", results) == drawn
+    assert chart("Listening", drawn_of) == drawn
+
+
+# -- from run to run ------------------------------------------------------------------------------
+
+
+def facts(date: str, run: str = "full") -> dict[str, str]:
+    return {"run": run, "date": date, "CPU": f"that of {date}"}
+
+
+def with_cases(name: str, *results_of: CaseResult, title: str = "") -> Scenario:
+    cases = [each.case for each in results_of]
+    return Scenario(name, title or name.title(), "listening", "What it is.", lambda quick: cases)
+
+
+def stored(folder: Path, *sections: Section) -> None:
+    cli.write(folder, sections[-1].facts, sections)
+
+
+def test_a_run_of_some_scenarios_keeps_the_figures_of_the_others(tmp_path: Path) -> None:
+    first, second = result({"naive": [1.0, 3.0], "ours": [2.0, 2.0]}), result({"naive": [7.0]})
+    burst, idle = with_cases("burst", first), with_cases("idle", second)
+    old, new = facts("2025-01-31"), facts("2026-02-01")
+    stored(tmp_path, Section(burst, [first], old), Section(idle, [second], old))
+
+    again = result({"naive": [9.0]})
+    now = [Section(with_cases("idle", again), [again], new)]
+    sections = results.merged(tmp_path, now, [burst, idle])
+    assert [(s.scenario.name, s.facts["date"]) for s in sections] == [
+        ("burst", "2025-01-31"),
+        ("idle", "2026-02-01"),
+    ]
+    assert sections[0].results[0].measured == first.measured
+    cli.write(tmp_path, new, sections)
+    page = (tmp_path / "results.md").read_text()
+    assert "|  | run 1 | run 2 |" in page
+    assert "| CPU | that of 2025-01-31 | that of 2026-02-01 |" in page
+    assert "## Burst\n\nWhat it is.\n\nMeasured on 2025-01-31 in run 1." in page
+    assert "## Idle\n\nWhat it is.\n\nMeasured on 2026-02-01 in run 2." in page
+    assert "| naive | 9.00 (9.00–9.00) | 1.00 |" in page
+    assert "| ours | 2.00 (2.00–2.00) | 1.33 |" in page
+    # Written and read once more, nothing has changed.
+    third = results.merged(tmp_path, [], [burst, idle])
+    assert [(s.facts, s.results[0].measured) for s in third] == [
+        (s.facts, s.results[0].measured) for s in sections
+    ]
+
+
+def test_a_page_of_one_run_has_one_column_of_facts(tmp_path: Path) -> None:
+    only = result({"naive": [1.0]})
+    stored(tmp_path, Section(with_cases("burst", only), [only], facts("2025-01-31")))
+    page = (tmp_path / "results.md").read_text()
+    assert "|  | measured on |\n| --- | ---: |\n| run | full |" in page
+    assert "Measured on 2025-01-31." in page
+    assert json.loads((tmp_path / "results.json").read_text())["earlier"] == {}
+
+
+def test_what_was_measured_before_a_variant_a_metric_or_a_case_came_is_still_shown(
+    tmp_path: Path,
+) -> None:
+    old = result({"naive": [1.0]})
+    stored(tmp_path, Section(with_cases("burst", old), [old], facts("2025-01-31")))
+    more = case(variant("naive"), variant("ours"), variant("newer"))
+    other = Case("another case", (RATE,), more.variants, "naive", 1)
+    by_time = Case("a case", (Metric("", "events/s"), Metric("p50", "µs")), more.variants, None, 1)
+    for cases, shown in (
+        ([more, other], {"a case": {"naive": {"": [1.0]}}}),
+        ([by_time], {"a case": {}}),
+        ([other], {}),
+    ):
+        now = Scenario("burst", "", "listening", "", lambda quick, cases=cases: cases)  # type: ignore[misc]
+        section = results.earlier(tmp_path, now)
+        assert section is not None
+        assert {each.case.name: each.measured for each in section.results} == shown
+    section = results.earlier(
+        tmp_path, Scenario("burst", "", "listening", "", lambda quick: [more])
+    )
+    assert section is not None
+    assert section.results[0].missing == {
+        "ours": "no compiler",
+        "newer": "was not there when this was measured",
+    }
+    assert results.earlier(tmp_path, with_cases("idle", old)) is None
+
+
+def test_the_results_that_are_published_are_read() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "benchmarks"
+    names = json.loads((folder / results.NAME).read_text())["scenarios"]
+    for name in names:
+        section = results.earlier(folder, with_cases(name))
+        assert section is not None
+        assert section.facts["run"] == "full"
 
 
 # -- the recording --------------------------------------------------------------------------------

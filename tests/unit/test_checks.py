@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -57,8 +58,8 @@ def test_every_check_that_is_documented_is_tested_here() -> None:
         for line in checks.__doc__.splitlines()
         if line[:1] in ("E", "W") and line[1:4].isdigit()
     }
-    with open(__file__, encoding="utf-8") as own:
-        text = own.read()
+    of_caches = Path(__file__).parents[1] / "integration" / "test_cache_checks.py"
+    text = "".join(path.read_text(encoding="utf-8") for path in (Path(__file__), of_caches))
     assert documented
     assert all(f'"pgnotify.{number}"' in text for number in documented)
 

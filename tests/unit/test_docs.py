@@ -21,10 +21,12 @@ from django.core.management.base import BaseCommand
 from django.dispatch import Signal
 
 import django_pgnotify
-from django_pgnotify import conf, exceptions, signals, testing
+from django_pgnotify import caching, conf, exceptions, signals, testing
+from django_pgnotify.caching.options import _OWN
 from django_pgnotify.conf import SETTINGS
 from django_pgnotify.events import Event
 from django_pgnotify.forwarding import plain_event
+from django_pgnotify.management.caches import COLUMNS, HEADINGS
 from django_pgnotify.management.commands import (
     pglisten,
     pgnotify_consumers,
@@ -34,6 +36,7 @@ from django_pgnotify.management.commands import (
     pgnotify_status,
 )
 from django_pgnotify.registry import registry
+from django_pgnotify.templatetags import pgnotify
 from tests.snippets import DOCS, INSTRUCTIONS, ROOT, Snippet, pages, snippets
 
 PACKAGE = ROOT / "django_pgnotify"
@@ -194,12 +197,6 @@ def test_python_and_django_of_the_readme_are_those_of_the_package() -> None:
     )
 
 
-def test_nothing_that_is_not_in_this_version_is_shown_in_code() -> None:
-    for snippet in snippets():
-        if snippet.language == "python":
-            assert "NearCache" not in snippet.text, snippet.place
-
-
 # -- the public names ---------------------------------------------------------------------------
 
 
@@ -211,6 +208,7 @@ def test_the_api_reference_has_every_public_name() -> None:
     documented = set(re.findall(r"^\.\. auto\w+:: (\S+)", page("reference/api.md"), re.MULTILINE))
     for names in (
         django_pgnotify.__all__,
+        caching.__all__,
         testing.__all__,
         [name for name, _ in errors()],
     ):
@@ -268,6 +266,7 @@ TYPES = {
     "_optional_seconds": "seconds (number above 0) or `None`",
     "_count": "whole number, at least 1",
     "_models": "dict of dicts",
+    "_table": '`"auto"`, an absolute path or `None`',
     "check_delivery": " or ".join(f'`"{name}"`' for name in conf.DELIVERIES),
 }
 
@@ -366,6 +365,25 @@ def test_the_columns_of_the_status_are_shown() -> None:
     text = section(page("reference/commands.md"), "## `manage.py pgnotify_status`")
     [line] = re.findall(r"^NODE .*$", text, re.MULTILINE)
     assert tuple(re.split(r" {2,}", line)) == pgnotify_status._HEADINGS
+    shown = section(page("how-to/cache.md"), "## See what it does")
+    [line] = re.findall(r"^CACHE .*$", shown, re.MULTILINE)
+    assert tuple(re.split(r" {2,}", line)) == HEADINGS
+    assert set(first_column(shown)) == {name for _, name in COLUMNS}
+
+
+def test_the_options_of_a_near_cache_are_listed() -> None:
+    listed = section(page("how-to/cache.md"), "## A near cache")
+    named = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", listed, re.MULTILINE)
+        for name in re.findall(r"`([A-Z_]+)`", row)
+    }
+    assert named == {*_OWN, "MAX_ENTRIES", "CULL_FREQUENCY"}
+
+
+def test_the_options_of_the_cached_tag_are_listed() -> None:
+    listed = first_column(section(page("how-to/cache.md"), "## Fragments of templates"))
+    assert listed == [f"{option}=" for option in pgnotify.OPTIONS]
 
 
 # -- checks, loggers, signals, counters -----------------------------------------------------------

@@ -111,7 +111,9 @@ class Command(BaseCommand):
             on_lost=lambda cause, _: self._lost(using, cause),
             health_file=options["health_file"],
         )
-        if not service.topics:
+        if service.feed is not None and service.feed.table.problem:
+            raise CommandError(service.feed.table.problem)
+        if not service.topics and service.feed is None:
             self._warn("no receivers are registered, so there is nothing to listen to")
         if not options["reload"]:  # where the reloader handles signals
             self._stop_on_signals(service)

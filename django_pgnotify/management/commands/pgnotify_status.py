@@ -17,6 +17,7 @@ from django_pgnotify.durable.lag import Lag
 from django_pgnotify.exceptions import ListenError, UnsupportedDatabase
 from django_pgnotify.listening.roll_call import RollCall, call_the_roll
 from django_pgnotify.management.arguments import seconds
+from django_pgnotify.management.caches import cache_lines, caches_of_nodes
 from django_pgnotify.management.durable import as_dict, lines, table
 from django_pgnotify.models import Consumer
 from django_pgnotify.publishing.sender import check_alias
@@ -69,6 +70,8 @@ class Command(BaseCommand):
         for line in table([_HEADINGS, *map(_row, roll.listeners)]):
             self.stdout.write(line)
         for line in lines(known) if known else ():
+            self.stdout.write(line)
+        for line in cache_lines(roll.listeners):
             self.stdout.write(line)
         self.stdout.write(f"notification queue: {roll.queue_usage:.1%} full")
         for suspect in roll.suspects:
@@ -150,6 +153,7 @@ def _as_json(
         "problem": problem,
         "listeners": roll.listeners,
         "consumers": [as_dict(*one) for one in known],
+        "caches": caches_of_nodes(roll.listeners),
         "queue_usage": roll.queue_usage,
         "suspects": [suspect._asdict() for suspect in roll.suspects],
     }

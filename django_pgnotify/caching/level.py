@@ -1,0 +1,219 @@
+"""The near level of a NearCache: which entries count, and what storing and changing one means.
+
+All of it is in memory and done at once. The cache around it, sync or async, asks the second level.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from django.core.cache.backends.base import memcache_key_warnings
+
+from ..epochs.clock import NANOSECONDS, node_clock
+from ..epochs.mapped import HEARTBEAT
+from ..epochs.names import derived_name, key_name, space_name
+from ..epochs.table import EpochTable, Lease, Snapshot
+from . import leases
+from .feeding import announce, current_table
+from .frozen import Frozen
+from .leases import current_load
+from .options import NearOptions
+from .store import Entry, expiry, store_of
+from .stored import unwrap
+
+MISSING = object()
+"""What a look-up returns that finds nothing; no cached value is it."""
+
+
+class NearLevel:
+    """See the module. ``space`` is what the names of its keys begin with."""
+
+    def __init__(self, space: str, options: NearOptions) -> None:
+        self.space = space
+        self.options = options
+        self.store = store_of(space)
+        self.table: EpochTable = current_table()
+        staleness = options.max_staleness
+        self.limit = float("inf") if staleness is None else staleness * NANOSECONDS
+
+    def lease(self) -> Lease:
+        """This moment, on the table as it is now."""
+        self._look_at_table()
+        return self.table.lease()
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether nothing can be known of what is cached: the heartbeat is too old."""
+        self._look_at_table()
+        return node_clock() - self.table.words[HEARTBEAT] > self.limit
+
+    def _look_at_table(self) -> None:
+        self.table = current_table()
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def look(self, full: str, *, lease: bool = True) -> Any:
+        """The value of a key if its entry counts; else MISSING, and the context gets a lease."""
+        entry = self.entry(full)
+        if entry is not None:
+            entry.hits += 1
+            _tell_load(entry.snapshot)
+            return entry.value
+        if lease:
+            leases.leave(self.space, full, self.table.lease())
+        return MISSING
+
+    def entry(self, full: str) -> Entry | None:
+        """The entry of a key if it counts. What else happened is counted, the hit is not."""
+        bypassed = self.is_bypassed
+        found = self.store.entries.get(full)
+        if bypassed:
+            self.store.count("bypassed", () if found is None else found.tags)
+        elif found is None:
+            self.store.count("misses")
+        elif found.read(self.table.words) != found.epochs:
+            self.store.drop(full, found)
+            self.store.count("stale", found.tags)
+        elif found.is_expired:
+            self.store.drop(full, found)
+            self.store.count("misses", found.tags)
+        else:
+            return found
+        return None
+
+    def promote(self, full: str, stored: Any) -> Any:
+        """Take what the second level had under a key; MISSING where that does not count."""
+        found = None if stored is None else unwrap(stored, self.table)
+        if found is None or self.is_bypassed:
+            return MISSING
+        leases.take(self.space, full)  # the miss in front of it
+        tags = _tags(found.snapshot)
+        rest = None if found.expires is None else found.expires - time.time()
+        self._put(full, found.value, expiry(rest), found.snapshot)
+        self.store.count("second_level_hits", tags)
+        _tell_load(found.snapshot)
+        return found.value.thaw()
+
+    # -- storing --------------------------------------------------------------------------------
+
+    def set(
+        self, full: str, value: Frozen, seconds: float | None, extra: tuple[str, ...]
+    ) -> Snapshot | None:
+        """Store a value, as the fill of the miss before it or as a change.
+
+        Args:
+            seconds: until it expires; None for never, 0 or less for a value that is gone at once.
+            extra: names that it depends on beside its key.
+
+        Returns:
+            What it is stored under; None where it is not, being gone or stale already.
+        """
+        miss = leases.take(self.space, full)
+        if seconds is not None and seconds <= 0:
+            self.change([full])
+            return None
+        names = self.store.names(full, extra)
+        if miss is None or not miss.is_recent:
+            self._look_at_table()
+            if miss is not None and self.table.settle(miss.lease, names) is None:
+                self.store.count("refused", _tags_in(extra))
+                return None
+            return self._assert(full, value, seconds, names)
+        return self.fill(full, value, seconds, extra, miss.lease)
+
+    def fill(
+        self,
+        full: str,
+        value: Frozen,
+        seconds: float | None,
+        extra: tuple[str, ...],
+        lease: Lease,
+        loaded_at: int | None = None,
+    ) -> Snapshot | None:
+        """Store a value that was loaded after ``lease``; None where it may be stale already."""
+        self._look_at_table()
+        snapshot = self.table.settle(lease, self.store.names(full, extra))
+        if snapshot is None:
+            self.store.count("refused", _tags_in(extra))
+            return None
+        if loaded_at is not None:
+            snapshot = snapshot._replace(at=min(loaded_at, snapshot.at))
+        self._put(full, value, expiry(seconds), snapshot)
+        self.store.count("fills", _tags_in(extra))
+        return snapshot
+
+    def _assert(
+        self, full: str, value: Frozen, seconds: float | None, names: tuple[str, ...]
+    ) -> Snapshot | None:
+        stamp = self._bump([key_name(self.space, full)])
+        snapshot = self.table.capture(names)
+        if snapshot.epochs[1] != stamp:
+            self.store.drop(full)  # whoever came between has the last word
+            return None
+        self._put(full, value, expiry(seconds), snapshot)
+        self.store.count("fills", _tags_in(names))
+        return snapshot
+
+    def derive(self, full: str, old: Entry, value: Frozen, expires: int) -> Snapshot:
+        """Put a value in the place of the one it was made of; returns what it is stored under.
+
+        Its key's epoch stays that of the old value: an invalidation of that ends this one too.
+        """
+        table, name = self.table, derived_name(self.space, full)
+        stamp = self._bump([name])
+        mine = table.slot_of(name)
+        before = old.snapshot
+        epochs = tuple(
+            stamp if table.slot_of(one) == mine else epoch
+            for one, epoch in zip(before.names, before.epochs[1:], strict=True)
+        )
+        snapshot = before._replace(epochs=(before.epochs[0], *epochs))
+        self._put(full, value, expires, snapshot)
+        return snapshot
+
+    def change(self, fulls: Iterable[str]) -> bool:
+        """End what any process of the node holds of these keys; whether we had one that counted."""
+        fulls = list(fulls)
+        leases.forget(self.space, fulls)
+        self._look_at_table()
+        had = False
+        for full in fulls:
+            entry = self.store.entries.get(full)
+            if entry is not None and entry.read(self.table.words) == entry.epochs:
+                had |= not entry.is_expired
+            self.store.drop(full)
+        self._bump([key_name(self.space, full) for full in fulls])
+        return had
+
+    def clear(self) -> None:
+        leases.forget(self.space)
+        self._look_at_table()
+        self._bump([space_name(self.space)])
+        self.store.clear()
+
+    def _bump(self, names: list[str]) -> int:
+        stamp = self.table.bump(names)
+        if self.options.second_level:
+            announce(names)
+        return stamp
+
+    def _put(self, full: str, value: Frozen, expires: int, snapshot: Snapshot) -> None:
+        odd = any(memcache_key_warnings(full))
+        entry = Entry(value, expires, snapshot, _tags(snapshot), odd=odd)
+        self.store.put(full, entry, self.options.max_entries, self.options.cull_frequency)
+
+
+def _tags(snapshot: Snapshot) -> tuple[str, ...]:
+    return _tags_in(snapshot.names)
+
+
+def _tags_in(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name[2:] for name in names if name.startswith("t:"))
+
+
+def _tell_load(snapshot: Snapshot) -> None:
+    load = current_load()
+    if load is not None:
+        load.add(snapshot.names, snapshot.at)

@@ -1,0 +1,94 @@
+"""What an open transaction means for caches: what it writes, nobody may see before the COMMIT.
+
+Asked of PostgreSQL itself, so that raw SQL and bulk operations count too, and only after a miss. In
+a TestCase, whose own transaction never commits, it is as if there were none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg import pq
+
+from ..publishing.buffer import runs_of
+from ..publishing.committed import pending_names
+
+_PROBE = (
+    "SELECT pg_current_xact_id_if_assigned() IS NOT NULL,"
+    " current_setting('transaction_isolation') = 'read committed'"
+)
+
+
+def in_transaction() -> bool:
+    """Whether this thread has a transaction open, other than that of a TestCase."""
+    return any(True for _ in _open())
+
+
+def publish(store: Callable[[], Any]) -> bool:
+    """Have ``store`` called as soon as others may see what was loaded just now.
+
+    At once, outside a transaction or in one that has written nothing; after its COMMIT in one that
+    has; never after a rollback, of the savepoint too, and never for what was read from
+    a snapshot (REPEATABLE READ), which may be older than any lease.
+
+    Returns:
+        Whether it was called.
+    """
+    writers = []
+    for connection in _open():
+        written, sees_commits = _probe(connection)
+        if not sees_commits:
+            return False
+        if written:
+            writers.append(connection)
+    if not writers:
+        store()
+        return True
+    _after_all(writers, store)
+    return False
+
+
+def touched_names() -> set[str]:
+    """What the open transactions of this thread will invalidate with their COMMIT."""
+    names: set[str] = set()
+    for connection in _open():
+        runs = runs_of(connection) if connection.run_on_commit else ()
+        if runs:
+            names |= pending_names(runs)
+    return names
+
+
+def _open() -> Iterator[BaseDatabaseWrapper]:
+    for connection in connections.all(initialized_only=True):
+        if connection.in_atomic_block and connection.vendor == "postgresql":
+            blocks = connection.atomic_blocks
+            own = [one for one in blocks if not getattr(one, "_from_testcase", False)]
+            if len(own) == len(blocks):
+                yield connection
+
+
+def _probe(connection: BaseDatabaseWrapper) -> tuple[bool, bool]:
+    """Whether the transaction has written, and whether each statement sees what was committed."""
+    raw: psycopg.Connection[Any] | None = connection.connection
+    if raw is None or raw.closed:
+        return True, False
+    status = raw.pgconn.transaction_status
+    if status == pq.TransactionStatus.IDLE:
+        return False, True  # it has not begun
+    if status != pq.TransactionStatus.INTRANS:
+        return True, False
+    # Past Django's cursor: whoever counts or forbids queries does not mean this one.
+    try:
+        [row] = psycopg.Cursor(raw).execute(_PROBE).fetchall()
+    except psycopg.Error:
+        return True, False  # the connection was lost; whoever uses it next is told
+    return bool(row[0]), bool(row[1])
+
+
+def _after_all(connections: list[BaseDatabaseWrapper], store: Callable[[], Any]) -> None:
+    first, *others = connections
+    first.on_commit((lambda: _after_all(others, store)) if others else store, robust=True)
