@@ -73,7 +73,7 @@ def forward(
         check_signature(data)
 
     async def forward_event(event: Event) -> None:
-        names = _groups_of(group, event)
+        names = groups_of(group, event)
         if not names:
             return
         message = {"type": type, "event": plain_event(event) if data is None else data(event)}
@@ -142,7 +142,8 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def _groups_of(group: Group, event: Event) -> list[str]:
+def groups_of(group: Group, event: Event) -> list[str]:
+    """The names of the groups that an event is sent to."""
     if isinstance(group, str):
         fields = fields_of(event)
         if event.action == "gap" and any(fields[name] is None for name in fields_in(group)):
