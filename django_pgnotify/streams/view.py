@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import weakref
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -26,7 +26,7 @@ from .stream import BrowserStream, Data, Filter, Options
 
 logger = logging.getLogger("django_pgnotify.streams")
 
-View = Callable[..., Awaitable[HttpResponseBase]]
+View = Callable[..., Coroutine[Any, Any, HttpResponseBase]]
 
 _PARAMETER = "group"
 
@@ -154,6 +154,8 @@ def event_stream(
                 # Neither kept, nor put together into larger pieces: by nobody on the way.
                 "Cache-Control": "no-store, no-transform",
                 "X-Accel-Buffering": "no",
+                # Django's GZipMiddleware would wait until there is enough to compress.
+                "Content-Encoding": "identity",
             },
         )
 

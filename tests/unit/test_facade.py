@@ -16,7 +16,12 @@ import pytest
 import django_pgnotify
 
 ROOT = Path(__file__).parents[2]
-FACADES = ["django_pgnotify", "django_pgnotify.testing", "django_pgnotify.layers"]
+FACADES = [
+    "django_pgnotify",
+    "django_pgnotify.testing",
+    "django_pgnotify.layers",
+    "django_pgnotify.streams",
+]
 
 
 @pytest.mark.parametrize("name", FACADES)
