@@ -51,7 +51,7 @@ class Link {
   begin() {
     clearTimeout(this.timer);
     this.say("connecting");
-    this.heardAt = Date.now();
+    this.heard();
     this.watch();
     this.connect();
   }
@@ -96,7 +96,8 @@ class Link {
 
   heard() {
     this.heardAt = Date.now();
-    this.silent = false;
+    this.unanswered = false;
+    clearTimeout(this.patience);
   }
 
   /** Call a function of the page; its mistakes are not ours. */
@@ -319,12 +320,13 @@ class SocketLink extends Link {
   /** Ask whether the server is still there, and give up on a connection that does not answer. */
   watch() {
     clearTimeout(this.watcher);
-    clearTimeout(this.patience);
     if (this.over) return;
     this.send({ ping: Date.now() });
-    // Nor may it take longer to be opened.
-    this.silent = true;
-    this.patience = setTimeout(() => this.silent && this.lost(), this.options.pongWithin ?? 10000);
+    if (!this.unanswered) {
+      // Nor may it take longer to be opened.
+      this.unanswered = true;
+      this.patience = setTimeout(() => this.lost(), this.options.pongWithin ?? 10000);
+    }
     this.watcher = setTimeout(() => this.watch(), this.options.pingEvery ?? 30000);
   }
 
