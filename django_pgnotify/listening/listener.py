@@ -57,6 +57,8 @@ class Listener:
         gap_on_start: tell of a gap, since nobody knows when, at the first establishment too.
     """
 
+    connection_class: type[ListenConnection] = ListenConnection
+
     def __init__(
         self,
         using: str,
@@ -335,7 +337,7 @@ class Listener:
                     self._connection = None
 
     async def _connect(self) -> ListenConnection:
-        opening = ListenConnection.open(
+        opening = self.connection_class.open(
             connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=self._on_input
         )
         self._opening = asyncio.create_task(opening, name="pgnotify-connect")
