@@ -7,6 +7,7 @@ E003       A ``PGNOTIFY_*`` setting is unknown or invalid.
 E004       ``PGNOTIFY_MODELS`` cannot be applied.
 E005       Something is forwarded and there is no such channel layer.
 E006       ``invalidates`` names a cache alias that is not in CACHES.
+E007       ``PGNOTIFY_SUBSCRIBE_PERMISSION`` names nothing that can be asked.
 W001       Something is forwarded through InMemoryChannelLayer, which is per process.
 W002       ``invalidates`` names a LocMemCache or DummyCache, which is per process.
 W003       A receiver of a model that publishes nothing.
@@ -32,6 +33,7 @@ from .exceptions import PgNotifyError, UnsupportedDatabase
 from .publishing import model_signals
 from .publishing.sender import check_alias
 from .registry import describe, is_model, registry
+from .streams.permission import project_rules_problem
 
 MINIMUM_PSYCOPG = (3, 2, 10)
 
@@ -46,6 +48,7 @@ def register() -> None:
     """Add the checks to Django's; called once the apps are ready."""
     for check in (
         check_settings,
+        check_permission,
         check_psycopg,
         check_databases,
         check_receivers,
@@ -75,6 +78,20 @@ def check_settings() -> Iterator[CheckMessage]:
             problem,
             hint="Keys are model labels ('auth.User'); options are those of notify_changes().",
             id="pgnotify.E004",
+        )
+
+
+def check_permission() -> Iterator[CheckMessage]:
+    try:
+        problem = project_rules_problem()
+    except PgNotifyError:
+        return  # E003 says so
+    if problem is not None:
+        yield checks.Error(
+            problem,
+            hint="Name a function of a subscriber and a group's name, or a dict of patterns. "
+            "Until then every group that a browser names is refused.",
+            id="pgnotify.E007",
         )
 
 

@@ -70,9 +70,15 @@ class Permission:
 
 
 def project_rules_problem() -> str | None:
-    """What is wrong with ``PGNOTIFY_SUBSCRIBE_PERMISSION``; None if nothing is."""
+    """What is wrong with what ``PGNOTIFY_SUBSCRIBE_PERMISSION`` names; None if nothing is.
+
+    Raises:
+        InvalidSetting: it is no name at all.
+    """
+    path = conf.SUBSCRIBE_PERMISSION
     try:
-        _configured()
+        if path is not None:
+            _rules_at(path)
     except InvalidArgument as exc:
         return str(exc)
     return None

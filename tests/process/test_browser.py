@@ -97,7 +97,7 @@ def when(chromium: WebDriver, condition: str, *arguments: Any) -> None:
     try:
         chromium.execute_async_script(WHEN % condition, *arguments)
     except TimeoutException:
-        state = chromium.find_element(By.ID, "columns").text
+        state = chromium.find_element(By.TAG_NAME, "main").text
         raise AssertionError(
             f"not within {DEADLINE:g} s: {condition} {arguments}\n{state}\n"
             f"console: {console(chromium)}"
@@ -268,6 +268,36 @@ def test_a_page_outlives_its_server_and_catches_up_with_what_it_missed(
     shop.elsewhere(f"orders.advance({pk})")
     card_is(chromium, pk, "packed")
     assert_not_reloaded(chromium)
+
+
+PARCELS = "pks => pks.every(pk => document.querySelectorAll(`#parcel-${pk}`).length === 1)"
+
+
+def test_the_courier_desk_outlives_its_server_and_is_told_of_the_parcels_it_missed(
+    chromium: WebDriver, shop: Shop
+) -> None:
+    [before] = place(shop, "shipped")
+    waiting = place(shop, "packed", "packed", "packed")
+    web = shop.webs[1]
+    chromium.get(f"{web.url}/courier/")
+    connection_is(chromium, "live")
+    chromium.execute_script("window.sinceTheLoad = true")
+    when(chromium, PARCELS, [before])
+    shop.elsewhere(f"orders.advance({waiting[0]})")
+    when(chromium, PARCELS, [waiting[0]])
+    try:
+        assert web.terminate() == 0, web.process and web.process.report()
+        connection_is(chromium, "reconnecting")
+        shop.elsewhere(f"orders.advance({waiting[1]})")
+    finally:
+        web.start()
+    connection_is(chromium, "live")
+    when(chromium, PARCELS, waiting[:2])
+    shop.elsewhere(f"orders.advance({waiting[2]})")
+    when(chromium, PARCELS, [before, *waiting])
+    assert_not_reloaded(chromium)
+    loads = "return performance.getEntriesByName(location.href, 'resource').length"
+    assert chromium.execute_script(loads) == 1, "the stream told, the list was not loaded again"
 
 
 COLOURS = """
