@@ -19,6 +19,7 @@ from ..stats import Stats
 from ..wire import wire_channel
 from . import loops
 from .codec import Codec, crypt_of
+from .feed import DirectFeed
 from .local import TOKEN_LENGTH, patterns_of
 from .loops import hub_of, is_passing, run_on
 from .port import Port
@@ -102,10 +103,10 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         self.crypt = crypt_of(symmetric_encryption_keys)
         self.stats = Stats()
         self.wire = wire_channel(f"pgnotify.layer.{prefix}", conf.CHANNEL_PREFIX)
-        self.feed: Feed | None = None
-        """Hears in this process what groups are to be told, and calls :meth:`deliver`."""
         self._publish_alias = check_alias(using or conf.DATABASE)
         self._listen_alias = check_alias(using or conf.listen_database)
+        self.feed: Feed | None = DirectFeed(self, self._listen_alias)
+        """Hears in this process what groups are to be told, and calls :meth:`deliver`."""
         self._reset()
         _layers.add(self)
 
@@ -259,11 +260,15 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         if port is None:
             await run_on(loops.home_loop(), self.close)
             return
-        if self.feed is not None:
-            self.feed.close()
         port.close()
+        if self.feed is not None and not any(other.hears for other in self._ports.values()):
+            self.feed.close()
         if port.hub.idle:
             await port.hub.aclose()
+
+    def has_members(self, group: str) -> bool:
+        """Whether a process-local channel of this process is in a group. In any thread."""
+        return any(group in port.local.groups for port in list(self._ports.values()))
 
     def deliver(self, group: str, message: Message) -> None:
         """Hand a message to the members of a group in this process, without a NOTIFY.
