@@ -76,7 +76,11 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # The bus needs nothing but the database above.
 CHANNEL_LAYERS = {
-    "default": {"BACKEND": "django_pgnotify.layers.PostgresChannelLayer"},
+    "default": {
+        "BACKEND": "django_pgnotify.layers.PostgresChannelLayer",
+        # The boards are told when they may have missed something, and show themselves anew.
+        "CONFIG": {"gap_messages": ["orders"]},
+    },
 }
 
 # Shared by every process of this machine, so that pglisten can delete what a web process stored.

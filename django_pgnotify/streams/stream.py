@@ -199,6 +199,7 @@ class BrowserStream:
     def _block(self, item: Item) -> bytes | None:
         event, options = item.event, self._options
         if event.action == "gap":
+            stream_stats.add("gaps")
             return frames.block(_json({"topics": [event.topic], **event.data}), event="gap")
         if options.actions is not None and event.action not in options.actions:
             return None

@@ -270,6 +270,23 @@ def test_a_page_outlives_its_server_and_catches_up_with_what_it_missed(
     assert_not_reloaded(chromium)
 
 
+def test_a_board_is_shown_anew_when_its_server_may_have_missed_messages(
+    chromium: WebDriver, shop: Shop
+) -> None:
+    [pk] = place(shop, "new")
+    open_board(chromium, shop.webs[0])
+    card_is(chromium, pk, "new")
+    # A change that publishes nothing stands for one whose message was lost.
+    shop.elsewhere(f"Order.objects.filter(pk={pk}).update(status='packed')")
+    with psycopg.connect(shop.database_url, autocommit=True) as connection:
+        connection.execute(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
+            " where datname = current_database() and application_name = 'pglisten'"
+        )
+    card_is(chromium, pk, "packed")
+    assert_not_reloaded(chromium)
+
+
 PARCELS = "pks => pks.every(pk => document.querySelectorAll(`#parcel-${pk}`).length === 1)"
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 
 import pytest
+from django.contrib.auth.models import User
+from django.test import AsyncClient
+from websockets.asyncio.client import connect
 
 from django_pgnotify import apublish, apublish_many
 from tests.integration.durable import LEDGER
@@ -135,6 +139,31 @@ async def test_permissions_ask_the_database_and_logins_are_required(site: Site) 
     async with site.watching("/rooms/?group=room.1") as browser:
         await apublish_many("rooms", [{"room": 2}, {"room": 1}])
         assert await browser.data(1) == [{"room": 1}]
+
+
+async def logged_in(name: str) -> str:
+    """The cookie of somebody who has logged in."""
+    browser = AsyncClient()
+    await browser.aforce_login(await User.objects.acreate_user(name))
+    return f"sessionid={browser.cookies['sessionid'].value}"
+
+
+async def test_a_session_says_who_asks_in_streams_and_websockets_alike(site: Site) -> None:
+    ann, bob = await logged_in("ann"), await logged_in("bob")
+    assert (await site.get("/mail/?group=user.ann")).status == 403
+    assert (await site.get("/mail/?group=user.ann", Cookie=bob)).status == 403
+    address = f"ws://127.0.0.1:{site.port}/ws/mail/"
+    async with (
+        site.watching("/mail/?group=user.ann", Cookie=ann) as browser,
+        connect(address, additional_headers={"Cookie": ann}) as socket,
+        asyncio.timeout(DEADLINE),
+    ):
+        await apublish_many("mail", [{"to": "bob"}, {"to": "ann"}])
+        assert await browser.data(1) == [{"to": "ann"}]
+        await socket.send(json.dumps({"subscribe": ["user.bob", "user.ann"]}))
+        refused, joined = json.loads(await socket.recv()), json.loads(await socket.recv())
+        assert refused["refused"] == ["user.bob"]
+        assert joined == {"subscribed": ["user.ann"]}
 
 
 async def until_dropped(site: Site, topic: object) -> int:

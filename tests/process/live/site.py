@@ -79,9 +79,12 @@ class Site:
             writer.close()
 
     @asynccontextmanager
-    async def watching(self, path: str, last_id: str = "") -> AsyncIterator[Browser]:
+    async def watching(
+        self, path: str, last_id: str = "", **headers: str
+    ) -> AsyncIterator[Browser]:
         """A browser that has got the first chunk of a stream."""
-        headers = {"Last_Event_ID": last_id} if last_id else {}
+        if last_id:
+            headers["Last_Event_ID"] = last_id
         async with self.answer(path, **headers) as answer:
             assert answer.status == 200, answer
             browser = Browser(answer.body, last_id)

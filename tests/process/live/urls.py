@@ -62,6 +62,14 @@ def permit(subscriber: Subscriber, group: str) -> bool:
     return group.startswith("room.") and not Order.objects.filter(note=f"closed {group}").exists()
 
 
+def own(subscriber: Subscriber, group: str) -> bool:
+    return group == f"user.{subscriber.user.get_username()}" and subscriber.user.is_authenticated
+
+
+class MailConsumer(SubscriptionConsumer):
+    permit = own
+
+
 class RoomConsumer(SubscriptionConsumer):
     permit = permit
 
@@ -98,6 +106,7 @@ urlpatterns = [
     path("slow/", event_stream("slow", max_waiting=20)),
     path("slow-ledger/", event_stream(LEDGER, max_waiting=20)),
     path("rooms/", event_stream("rooms", group="room.{data[room]}", permit=permit)),
+    path("mail/", event_stream("mail", group="user.{data[to]}", permit=own)),
     path("mine/", login_required(event_stream("jobs"))),
     path("silent/", event_stream("silent", heartbeat=3600)),
 ]
