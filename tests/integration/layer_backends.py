@@ -151,10 +151,8 @@ async def backend(kind: str, redis_url: Callable[[], str]) -> AsyncIterator[Back
         elif kind == CORE:
             from channels_redis.core import RedisChannelLayer
 
-            url = redis_url()
-
             def core(**config: Any) -> Any:
-                return RedisChannelLayer(**{"hosts": [url], "prefix": place, **config})
+                return RedisChannelLayer(**{"hosts": hosts(redis_url()), "prefix": place, **config})
 
             async def close_pools(layer: Any) -> None:
                 await layer.close_pools()
@@ -163,15 +161,20 @@ async def backend(kind: str, redis_url: Callable[[], str]) -> AsyncIterator[Back
         else:
             from channels_redis.pubsub import RedisPubSubChannelLayer
 
-            url = redis_url()
-
             def pubsub(**config: Any) -> Any:
-                return RedisPubSubChannelLayer(**{"hosts": [url], "prefix": place, **config})
+                return RedisPubSubChannelLayer(
+                    **{"hosts": hosts(redis_url()), "prefix": place, **config}
+                )
 
             async def flush(layer: Any) -> None:
                 await layer.flush()
 
             yield Backend(kind, pubsub, flush, stack)
+
+
+def hosts(url: str) -> list[dict[str, Any]]:
+    # redis-py 8 gives up reading after 5 s, which is how long channels_redis' core has it wait.
+    return [{"address": url, "socket_timeout": None}]
 
 
 async def close_nothing(layer: Any) -> None:
