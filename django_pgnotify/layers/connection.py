@@ -27,7 +27,7 @@ _PREPARE = (
     "PREPARE pgnotify_one (text, text) AS SELECT pg_notify($1, $2)",
     f"PREPARE pgnotify_one_and_members (text, text) AS SELECT pg_notify($1, $2), {_MEMBERS}",
 )
-_LOOK = b"SELECT to_regclass('pgnotify_layer_message') IS NOT NULL"
+_LOOK = b"SELECT has_table_privilege(to_regclass('pgnotify_layer_member'), 'SELECT')"
 
 Done = Callable[[Exception | None, "pq.abc.PGresult | None"], None]
 """Told what became of a statement: the error, or the last result."""
@@ -136,14 +136,16 @@ class LayerConnection(ListenConnection):
     ) -> asyncio.Future[list[Row]]:
         """Run a statement in its turn. To cancel the future does not undo it.
 
-        The future fails with NotSent or PublishError where the connection was lost, after
-        ``timeout`` seconds at the latest, and with the server's error where it refused.
+        The future fails with NotSent or PublishError where the connection was lost, which it is
+        when a statement is not answered within ``timeout`` seconds, and with the server's error
+        where it refused.
         """
         future: asyncio.Future[list[Row]] = self._loop.create_future()
-        alarm = self._loop.call_later(timeout, self.lose, f"no answer within {timeout:g} s")
+        alarm: asyncio.TimerHandle | None = None
 
         def done(error: Exception | None, result: pq.abc.PGresult | None) -> None:
-            alarm.cancel()
+            if alarm is not None:
+                alarm.cancel()
             if future.done():
                 return
             if error is not None:
@@ -152,6 +154,8 @@ class LayerConnection(ListenConnection):
                 future.set_result([] if result is None else _rows(result))
 
         def begin() -> None:
+            nonlocal alarm
+            alarm = self._loop.call_later(timeout, self.lose, f"no answer within {timeout:g} s")
             encoded = [value.encode() for value in params]
             self._start(self._pgconn.send_query_params, statement, encoded, done)
 
@@ -219,7 +223,11 @@ class LayerConnection(ListenConnection):
         sent, self._sending = self._sending, None
         if sent is None:
             return
-        tell = partial(sent, self._refusal, self._result)
+        error: Exception | None = self._refusal
+        if isinstance(error, errors.UndefinedTable) and self.has_tables:
+            self.has_tables = False  # a migration has been undone; groups do without it
+            error = NotSent(first_line(error))
+        tell = partial(sent, error, self._result)
         self.pass_on()  # first, or whoever sends without a pause would never let others have it
         if self.has_undelivered():
             self._undelivered.append(tell)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from ..backoff import Backoff
 from ..conf import conf
 from ..exceptions import ListenError
 from ..listening.connection import Notification
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("django_pgnotify.layers")
 
+_REVIVAL_BASE, _REVIVAL_CAP = 0.5, 30.0
+"""Upper bounds, in seconds, of the first and of any pause before a listener that ended."""
+
 
 class Hub:
     """See the module. Get one with :func:`django_pgnotify.layers.loops.hub_of`.
@@ -37,14 +41,14 @@ class Hub:
 
     def __init__(self, publish_alias: str, listen_alias: str) -> None:
         self.loop = asyncio.get_running_loop()
-        self.heard: frozenset[str] = frozenset()
-        """Wire channels on which whatever is sent from now on will arrive."""
+        self._heard: frozenset[str] = frozenset()
         self.rows = Rows(publish_alias)
         self._listen_alias = listen_alias
         self._ports: dict[str, list[Port]] = {}
         self._listener: LayerListener | None = None
         self._task: asyncio.Task[None] | None = None
         self._was_lost = False
+        self._revival = Backoff(_REVIVAL_BASE, _REVIVAL_CAP)
         self._waiting: list[tuple[frozenset[str], asyncio.Future[None]]] = []
         self.out = Outgoing(self)
         self.closed = False
@@ -64,7 +68,7 @@ class Hub:
                 ports.append(port)
         wanted = frozenset(self._ports)
         # What is about to be left must not count as heard for whoever comes next.
-        self.heard &= wanted
+        self._heard &= wanted
         if self._task is not None and not self._task.done() and self._listener is not None:
             self._listener.want(wanted)
         elif wanted:
@@ -104,10 +108,16 @@ class Hub:
     @property
     def direct(self) -> LayerConnection | None:
         """The listening connection, while it is proven."""
-        if not self.heard or self._listener is None:
+        if not self._heard or self._listener is None:
             return None
         connection = self._listener.connection
         return connection if connection is not None and connection.usable else None
+
+    @property
+    def heard(self) -> frozenset[str]:
+        """Wire channels on which whatever is sent from now on will arrive."""
+        # Not after the connection is known to be lost, though the listener has yet to see to it.
+        return frozenset() if self.direct is None else self._heard
 
     @property
     def backend_pid(self) -> int | None:
@@ -122,7 +132,7 @@ class Hub:
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self.heard = frozenset()
+        self._heard = frozenset()
         self._was_lost = True
         error: BaseException | None = None
         if not task.cancelled():
@@ -134,17 +144,28 @@ class Hub:
                 refusal = ListenError(f"The channel layer does not listen: {error or 'stopped'}")
                 refusal.__cause__ = error
                 waiter.set_exception(refusal)
+        if self._ports and not self.closed:
+            # It may be that somebody cancels all tasks, and the loop goes on: whoever waits for
+            # messages must not be deaf then. Where the loop ends, this comes too late for it.
+            self.loop.call_later(self._revival.next(), self._revive)
+
+    def _revive(self) -> None:
+        if self._ports and not self.closed and self._task is not None and self._task.done():
+            self._listen(frozenset(self._ports))
 
     # -- sink of the listener -----------------------------------------------------------------
 
     def established(self, channels: frozenset[str]) -> None:
-        self.heard = channels & self._ports.keys()
+        connection = None if self._listener is None else self._listener.connection
+        if connection is None or not connection.usable:
+            return  # lost since, which the listener has yet to see
+        self._heard = channels & self._ports.keys()
         for wanted, waiter in self._waiting:
-            if wanted <= self.heard and not waiter.done():
+            if wanted <= self._heard and not waiter.done():
                 waiter.set_result(None)
 
     def lost(self, cause: str, retry_in: float) -> None:
-        self.heard = frozenset()
+        self._heard = frozenset()
 
     def led(self, leader: bool) -> None:
         """Never: this listener does not compete."""
@@ -158,7 +179,7 @@ class Hub:
             "role": "channel layer",
             "established": False,
             **({} if self._listener is None else self._listener.health()),
-            "topics": sorted(self.heard),
+            "topics": sorted(self._heard),
         }
 
     def notified(self, notifications: Sequence[Notification]) -> None:
@@ -179,11 +200,11 @@ class Hub:
     async def aclose(self) -> None:
         """Close the connections; what is under way is told so."""
         self.closed = True
+        await self.out.aclose()
         task, listener = self._task, self._listener
         if task is not None and listener is not None and not task.done():
             listener.stop()
             await asyncio.wait([task])
-        await self.out.aclose()
         self.rows.close()
 
     def close_at_once(self) -> None:

@@ -61,6 +61,7 @@ class Outgoing:
         self._pending: deque[Parcel] = deque()
         self._busy = False
         """Whether a batch is under way; the next waits for it, and so keeps its place."""
+        self._sending: list[Parcel] = []
         self._in_line: LayerConnection | None = None
         self._sending_on: LayerConnection | None = None
         self._sending_since = 0.0
@@ -86,10 +87,8 @@ class Outgoing:
         """Wait a moment for what is under way, then refuse the rest."""
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=_CLOSE_TIMEOUT)
-        if self._pending or self._busy:
-            last = [parcel.future for parcel in self._pending][-1:]
-            if last:
-                await asyncio.wait(last, timeout=_CLOSE_TIMEOUT)
+        if under_way := [parcel.future for parcel in (*self._sending, *self._pending)]:
+            await asyncio.wait(under_way, timeout=_CLOSE_TIMEOUT)
         for task in set(self._tasks):
             task.cancel()
         if self._tasks:
@@ -160,6 +159,7 @@ class Outgoing:
             for (channel, codec), entries in together.items():
                 frames = codec.frames(entries, utf8=connection.utf8, first=len(pairs))
                 pairs += [(channel, frame) for frame in frames]
+        self._sending = batch
         self._sending_on, self._sending_since = connection, self._loop.time()
         if self._watchdog is None:
             self._watch(conf.CONNECT_TIMEOUT)
@@ -173,7 +173,7 @@ class Outgoing:
         error: Exception | None,
         result: pq.abc.PGresult | None,
     ) -> None:
-        self._sending_on = None
+        self._sending, self._sending_on = [], None
         self._busy = False
         again = isinstance(error, NotSent) and not batch[0].retried
         if again:
@@ -222,37 +222,33 @@ class Outgoing:
 
     async def _store_and_notify(self, batch: list[Parcel], *, utf8: bool) -> None:
         """Store what is too large for a frame; in its frame is then the number of its row."""
+        ready: list[Parcel] = []
         try:
             for parcel in batch:
                 port = parcel.port
-                if not port.codec.fits(parcel.packed, utf8=utf8):
-                    number = await port.store(parcel.body)
-                    parcel.packed = port.codec.entry(parcel.kind, parcel.name, number)
-        except BaseException as exc:
+                try:
+                    if not port.codec.fits(parcel.packed, utf8=utf8):
+                        number = await port.store(parcel.body)
+                        parcel.packed = port.codec.entry(parcel.kind, parcel.name, number)
+                    ready.append(parcel)
+                except Exception as exc:  # noqa: BLE001 - whoever waits must be told
+                    self._finish([parcel], exc)
+        finally:
             self._busy = False
-            self._finish(batch, exc)
-            self._pump()
-            if not isinstance(exc, Exception):
-                raise
-        else:
-            self._busy = False
-            self._pending.extendleft(reversed(batch))
+            self._pending.extendleft(reversed(ready))
             self._pump()
 
     async def _reach_rows(self, batch: list[Parcel]) -> None:
         """Hand messages to groups on to the normal channels among their members."""
-        error: BaseException | None = None
-        try:
-            async with self._to_rows:  # in the order of the batches
-                for parcel in batch:
-                    if parcel.kind == GROUP:
+        async with self._to_rows:  # in the order of the batches
+            for parcel in batch:
+                error: Exception | None = None
+                if parcel.kind == GROUP:
+                    try:
                         await parcel.port.reach_normal_members(parcel.name, parcel.body)
-        except BaseException as exc:
-            error = exc
-            if not isinstance(exc, Exception):
-                raise
-        finally:
-            self._finish(batch, error)
+                    except Exception as exc:  # noqa: BLE001 - whoever waits must be told
+                        error = exc
+                self._finish([parcel], error)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Run a task that :meth:`aclose` waits for."""

@@ -201,7 +201,7 @@ class Port:
             async with asyncio.timeout(conf.HEARTBEAT_TIMEOUT):
                 await answer
         except TimeoutError:
-            logger.warning("The process of channel %r does not answer: it has ended", channel)
+            logger.warning("The process of channel %r does not answer; it may have ended", channel)
         finally:
             del self._answers[nonce]
 
@@ -300,8 +300,12 @@ class Port:
                 except Exception:  # noqa: BLE001 - msgpack and Fernet raise many
                     self.local.note_broken()
         finally:
-            if shared.idle and self.shared.get(channel) is shared:
-                del self.shared[channel]
+            self.forget(channel, shared)
+
+    def forget(self, channel: str, shared: SharedChannel) -> None:
+        """Drop what receives a normal channel, if nobody does any more."""
+        if shared.idle and self.shared.get(channel) is shared:
+            del self.shared[channel]
 
     async def join_shared(self, group: str, channel: str) -> None:
         await self.hub.rows.join(self._base, group, channel, self._layer.group_expiry)

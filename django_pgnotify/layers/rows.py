@@ -218,7 +218,7 @@ class Rows:
         """
         for again in (True, False):
             try:
-                return await self._once(statement.encode(), params)
+                return await self._once(statement.encode(), params, take=statement is _TAKE)
             except psycopg.errors.UndefinedTable as exc:
                 raise PgNotifyError(
                     f"The channel layer's tables are missing on database {self._using!r}: "
@@ -231,19 +231,22 @@ class Rows:
                     ) from exc
         raise AssertionError("unreachable")
 
-    async def _once(self, statement: bytes, params: Sequence[str]) -> list[Row]:
+    async def _once(self, statement: bytes, params: Sequence[str], *, take: bool) -> list[Row]:
         connection = await self.connected()
         answer = connection.request(statement, params, timeout=conf.CONNECT_TIMEOUT)
         try:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
-            if not statement.lstrip().startswith(b"DELETE") or answer.cancelled():
+            if not take:
                 raise
-            # What it takes would be lost.
-            raise _CutShort(await answer) from None
+            try:
+                rows = await answer  # or what it takes would be lost
+            except (PgNotifyError, psycopg.Error):
+                rows = []
+            raise _CutShort(rows) from None
 
 
-class _CutShort(Exception):
+class _CutShort(asyncio.CancelledError):
     """The task was cancelled while a statement was in flight, which then returned these rows."""
 
     def __init__(self, rows: list[Row]) -> None:

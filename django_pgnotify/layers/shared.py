@@ -89,6 +89,8 @@ class SharedChannel:
             self._task = None
         if self._news:
             self.wake()
+        if self.idle:
+            self._port.forget(self._channel, self)
 
     async def _hand_on(self, taken: Taken) -> None:
         """Give a message to whoever waits here; to the others, if nobody does any more."""
