@@ -11,8 +11,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from ..conf import conf
 from ..durable.cursor import Cursor
@@ -26,28 +26,54 @@ from .tail import Found, LogTail
 
 logger = logging.getLogger("django_pgnotify.streams")
 
+T = TypeVar("T")
+
 stream_stats = Stats()
 """What the streams of this process have done."""
 
 
-class Item:
-    """An event on its way to the streams; ``texts`` is where what it looks like is kept."""
+class CannotBeShown(Exception):
+    """A function of the view failed on an event, which has been logged."""
 
-    __slots__ = ("_epoch", "_id", "cursor", "event", "texts")
+
+class Item:
+    """An event on its way to the streams of a view, with what they have in common of it."""
+
+    __slots__ = ("_epoch", "_id", "_made", "cursor", "event")
 
     def __init__(self, event: Event, cursor: Cursor | None = None, epoch: str = "") -> None:
         self.event = event
         self.cursor = cursor
         """Where a reader of the log is when he has got it."""
-        self.texts: dict[str, Any] = {}
         self._epoch = epoch
         self._id: str | None = None
+        self._made: dict[str, Any] = {}
 
     def id(self, positions: Positions) -> str | None:
         """Its ``id:``, None for a live event."""
         if self.cursor is not None and self._id is None:
             self._id = positions.now(self._epoch, self.cursor)
         return self._id
+
+    def once(self, make: Callable[[Item], T]) -> T:
+        """What ``make``, a method of the first stream that asks, returns; the same for all others.
+
+        Raises:
+            CannotBeShown: it raised.
+        """
+        name = make.__name__
+        if name not in self._made:
+            try:
+                self._made[name] = make(self)
+            except Exception:
+                logger.exception(
+                    "Event %s on topic %r cannot be shown", self.event.id, self.event.topic
+                )
+                self._made[name] = CannotBeShown
+        found = self._made[name]
+        if found is CannotBeShown:
+            raise CannotBeShown
+        return cast("T", found)
 
 
 class Queue:

@@ -20,7 +20,7 @@ from ..events import Action, Event
 from ..exceptions import ListenError
 from ..forwarding import Group, groups_of, plain_event
 from . import frames
-from .hub import Hub, Item, Queue, stream_stats
+from .hub import CannotBeShown, Hub, Item, Queue, stream_stats
 from .permission import Subscriber
 from .position import Position
 
@@ -204,19 +204,27 @@ class BrowserStream:
         if options.actions is not None and event.action not in options.actions:
             return None
         try:
-            if self._groups is not None:
-                names = _once(item, "groups", lambda: groups_of(options.group, event))  # type: ignore[arg-type]
-                if self._groups.isdisjoint(names):
-                    return None
+            if self._groups is not None and self._groups.isdisjoint(item.once(self._names)):
+                return None
             if options.filter is not None and not options.filter(event, self._subscriber):
                 return None
-            make = plain_event if options.data is None else options.data
-            text = _once(item, "text", lambda: _json(make(event)))
+            return item.once(self._shown)
+        except CannotBeShown:
+            pass  # as was logged
         except Exception:
-            logger.exception("Event %s on topic %r cannot be shown", event.id, event.topic)
-            at = event.published_at.timestamp()
-            return self._gap((event.topic,), at, "an event cannot be shown")
-        return frames.block(text, id=item.id(self._hub.positions))
+            logger.exception("The filter failed on event %s of topic %r", event.id, event.topic)
+        at = event.published_at.timestamp()
+        return self._gap((event.topic,), at, "an event cannot be shown")
+
+    # The same for all streams of the view, so once for each event.
+
+    def _names(self, item: Item) -> list[str]:
+        assert self._options.group is not None
+        return groups_of(self._options.group, item.event)
+
+    def _shown(self, item: Item) -> bytes:
+        make = self._options.data or plain_event
+        return frames.block(_json(make(item.event)), id=item.id(self._hub.positions))
 
     def _gap(
         self, topics: Iterable[str], since: float | None, cause: str, id: str | None = None
@@ -229,13 +237,6 @@ class BrowserStream:
             "cause": cause,
         }
         return frames.block(_json(data), event="gap", id=id)
-
-
-def _once(item: Item, name: str, make: Callable[[], Any]) -> Any:
-    """What ``make`` returns, the same for all streams that the item comes to."""
-    if name not in item.texts:
-        item.texts[name] = make()
-    return item.texts[name]
 
 
 def _json(value: Any) -> str:

@@ -14,7 +14,9 @@ from django.http.response import HttpResponseBase, StreamingHttpResponse
 from django.test import AsyncRequestFactory
 
 from django_pgnotify.streams.view import View
-from tests.integration.recording import DEADLINE
+
+DEADLINE = 30.0
+"""Seconds a wait may take; it is spent only by a test that fails."""
 
 
 class Block(NamedTuple):
@@ -51,6 +53,11 @@ class Browser:
                 block = await self.block()
                 assert block is not None, f"the stream ended after {found}"
                 found.append(block)
+        return found
+
+    def at_hand(self, most: int) -> list[Block]:
+        """Up to ``most`` of those that have arrived."""
+        found, self._blocks = self._blocks[:most], self._blocks[most:]
         return found
 
     async def data(self, count: int) -> list[Any]:

@@ -14,8 +14,8 @@ from websockets.asyncio.client import connect
 
 from django_pgnotify import apublish, apublish_many
 from tests.integration.durable import LEDGER
-from tests.integration.recording import DEADLINE, aterminate, client
-from tests.integration.streaming import Browser, is_id
+from tests.integration.recording import aterminate, client
+from tests.integration.streaming import DEADLINE, Browser, is_id
 from tests.process.live.site import Site, serving
 from tests.testapp.models import Order
 

@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple, Self
 
 from example_project.embedded import free_port
-from tests.integration.recording import DEADLINE
-from tests.integration.streaming import Browser
+from tests.integration.streaming import DEADLINE, Browser
 from tests.processes import Process, database_environ, python
 
 HOST = "127.0.0.1"
