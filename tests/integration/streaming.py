@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -140,10 +140,6 @@ async def watching(
         response.close()
         for _ in range(3):  # it leaves in the next steps of the loop
             await asyncio.sleep(0)
-
-
-def ids(blocks: Sequence[Block]) -> list[str]:
-    return [block.id for block in blocks]
 
 
 def is_id(text: str) -> bool:
