@@ -37,6 +37,9 @@ _SEALED_LIMIT = _RAW_LIMIT - 57 - 16  # version, time, IV and MAC of a token; pa
 
 _NUL = "\u0100"
 
+_ALONE = msgpack.Packer().pack_array_header(2) + msgpack.packb(0)
+"""The head of a frame of one entry, numbered 0."""
+
 
 class _Crypt(Protocol):
     def encrypt(self, data: bytes) -> bytes: ...
@@ -120,7 +123,9 @@ class Codec:
                 _base64(_array(part, number))
                 for number, part in enumerate(_parts(entries, len, _RAW_LIMIT), first)
             ]
-        if sum(map(len, entries)) * 2 <= _LIMIT:  # as nearly always; no need to look closer
+        if len(entries) == 1 and 2 * len(entries[0]) <= _LIMIT and not first:
+            return [_utf8(_ALONE + entries[0])]  # as nearly always
+        if 2 * sum(map(len, entries)) <= _LIMIT:  # no need to look closer
             return [_utf8(_array(entries, first))]
         payloads = []
         for number, part in enumerate(_parts(entries, _cost, _LIMIT), first):

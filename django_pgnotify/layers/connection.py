@@ -309,6 +309,22 @@ class LayerListener(Listener):
             )
         return connection
 
+    def _on_input(self) -> None:
+        """As that of the base, with less ado for what comes most: frames, while all is well."""
+        connection = self._connection
+        if (
+            connection is not None
+            and connection.lost is None
+            and self._waiter is not None
+            and not self._kicked
+            and not self._undone
+            and self.session.state == "established"
+            and self._own_channels.isdisjoint([one.channel for one in connection._inbox])
+        ):
+            self._sink.notified(connection.take())
+        else:
+            super()._on_input()
+
     async def _read(self) -> None:
         await super()._read()
         if self.connection is not None:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from .codec import Codec, unpack
-from .mailbox import Mailbox
+from .mailbox import Body, Mailbox
 
 if TYPE_CHECKING:
     from .postgres import PostgresChannelLayer
@@ -26,11 +26,12 @@ TOKEN_LENGTH = 16
 
 
 class Group:
-    """Members and when they joined (monotonic); ``oldest`` is no later than any of them."""
+    """Members' mailboxes, and when they joined (monotonic); ``oldest`` is no later than any."""
 
-    __slots__ = ("members", "oldest")
+    __slots__ = ("boxes", "members", "oldest")
 
     def __init__(self) -> None:
+        self.boxes: dict[str, Mailbox] = {}
         self.members: dict[str, float] = {}
         self.oldest = time.monotonic()
 
@@ -63,25 +64,30 @@ class Local:
     def new_channel(self, prefix: str) -> str:
         return f"{prefix}{self.token}!{next(self._numbers):x}{secrets.token_hex(6)}"
 
-    def put(self, channel: str, body: bytes, now: float) -> bool:
+    def put(self, channel: str, body: Body, now: float) -> bool:
         """Hand a message to a channel of ours; False if it is full."""
-        box, expires = self._box(channel), now + self._layer.expiry
-        if box.put(body, expires):
+        box, message = self._box(channel), (now + self._layer.expiry, body)
+        if box.put(message):
             return True
         if expired := box.expire(now):
             self._stats.add("expired", expired)
-            return box.put(body, expires)
+            return box.put(message)
         self._stats.add("dropped")
         if box.groups and not box.overflowed and self.wants_gaps(channel):
             # Once, in the place of all that is refused until something is read.
             box.overflowed = True
-            box.force(self._codec.message(gap_message(None, None, "capacity")), expires)
+            self._tell(box, gap_message(None, None, "capacity"))
         return False
+
+    def _tell(self, box: Mailbox, message: dict[str, Any], *, first: bool = False) -> None:
+        """Put in a message of our own, whether there is room or not."""
+        entry = (time.monotonic() + self._layer.expiry, message)
+        (box.put_back if first else box.force)(entry)
 
     def _box(self, channel: str) -> Mailbox:
         box = self.boxes.get(channel)
         if box is None:
-            box = self.boxes[channel] = Mailbox(self._layer.get_capacity(channel))
+            box = self.boxes[channel] = Mailbox(self._layer.get_capacity(channel), channel)
             for waiter in self._for_all.get(_head(channel), ()):
                 box.add_waiter(waiter)
         return box
@@ -90,7 +96,7 @@ class Local:
         """The next message of one channel; of all that begin so, where the name ends with ``!``."""
         if channel.endswith("!"):
             return await self._receive_any(channel)
-        box = self._box(channel)
+        box = self.boxes.get(channel) or self._box(channel)
         try:
             while True:
                 body = await box.get()
@@ -98,14 +104,16 @@ class Local:
                     missed, box.missed = box.missed, 0
                     self._stats.add("expired", missed)
                     if box.groups and self.wants_gaps(channel):
-                        box.put_back(body, time.monotonic() + self._layer.expiry)
+                        box.put_back((time.monotonic() + self._layer.expiry, body))
                         return gap_message(None, None, "expiry")
+                if isinstance(body, dict):
+                    return body.copy()
                 try:
                     return unpack(body)
                 except Exception:  # noqa: BLE001 - msgpack raises many
                     self.note_broken()
         finally:
-            if box.abandoned and self.boxes.get(channel) is box:
+            if not box.groups and box.abandoned and self.boxes.get(channel) is box:
                 del self.boxes[channel]
 
     async def _receive_any(self, head: str) -> dict[str, Any]:
@@ -113,12 +121,13 @@ class Local:
         try:
             while True:
                 boxes = [box for channel, box in self.boxes.items() if _head(channel) == head]
-                filled = [box for box in boxes if box]
+                filled = [box for box in boxes if box.messages]
                 if filled:
-                    body = min(filled, key=Mailbox.first_expires).pop(time.monotonic())
+                    first = min(filled, key=Mailbox.first_expires)
+                    body = first.pop()
                     if body is not None:
                         try:
-                            return unpack(body)
+                            return body.copy() if isinstance(body, dict) else unpack(body)
                         except Exception:  # noqa: BLE001 - msgpack raises many
                             self.note_broken()
                     continue
@@ -143,7 +152,7 @@ class Local:
     def put_back(self, channel: str, message: dict[str, Any]) -> None:
         """Have a message that was received, and not read, be the next one again."""
         expires = time.monotonic() + self._layer.expiry
-        self._box(channel).put_back(self._codec.message(message), expires)
+        self._box(channel).put_back((expires, self._codec.message(message)))
 
     def note_broken(self) -> None:
         self._stats.add("broken")
@@ -156,14 +165,15 @@ class Local:
         if group is None:
             group = self.groups[name] = Group()
         if channel not in group.members:
-            self._box(channel).groups += 1
+            box = group.boxes[channel] = self._box(channel)
+            box.groups += 1
         group.members[channel] = time.monotonic()
 
     def leave(self, name: str, channel: str) -> None:
         group = self.groups.get(name)
         if group is None or group.members.pop(channel, None) is None:
             return
-        box = self._box(channel)
+        box = group.boxes.pop(channel)
         box.groups -= 1
         if box.abandoned:
             del self.boxes[channel]
@@ -177,10 +187,9 @@ class Local:
             return
         if now - group.oldest > self._layer.group_expiry:
             self._expire_members(name, group, now)
-        boxes, expires = self.boxes, now + self._layer.expiry
-        full = [channel for channel in group.members if not boxes[channel].put(body, expires)]
-        for channel in full:
-            self.put(channel, body, now)
+        message = (now + self._layer.expiry, body if len(group.boxes) < 2 else _shareable(body))
+        for box in [box for box in group.boxes.values() if not box.put(message)]:
+            self.put(box.channel, body, now)  # it is full: look closer
 
     def forget(self) -> None:
         """Drop all groups and messages; whoever receives goes on waiting."""
@@ -188,7 +197,7 @@ class Local:
             for channel in list(group.members):
                 self.leave(name, channel)
         for channel, box in list(self.boxes.items()):
-            box.clear()
+            box.messages.clear()
             if box.abandoned:
                 del self.boxes[channel]
 
@@ -199,8 +208,7 @@ class Local:
             if expired := box.expire(now):
                 self._stats.add("expired", expired)
                 if box.groups and self.wants_gaps(channel):
-                    gap = self._codec.message(gap_message(None, None, "expiry"))
-                    box.put_back(gap, now + self._layer.expiry)
+                    self._tell(box, gap_message(None, None, "expiry"), first=True)
             if box.abandoned:
                 del self.boxes[channel]
         for name, group in list(self.groups.items()):
@@ -217,11 +225,9 @@ class Local:
 
     def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
         """Tell the members of groups that they may have missed messages, if they want to know."""
-        message = self._codec.message(gap_message(since, until, cause))
-        expires = time.monotonic() + self._layer.expiry
         for channel, box in list(self.boxes.items()):
             if box.groups and self.wants_gaps(channel):
-                box.force(message, expires)
+                self._tell(box, gap_message(since, until, cause))
 
     def wants_gaps(self, channel: str) -> bool:
         wanted = self._layer.gap_messages
@@ -254,6 +260,18 @@ def patterns_of(gap_messages: bool | Iterable[str]) -> bool | tuple[str, ...]:
             f"gap_messages= is a bool or a list of patterns of group names; got {gap_messages!r}."
         )
     return patterns
+
+
+_SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
+
+
+def _shareable(body: bytes) -> Body:
+    """The message itself, if a copy of the dict is a copy of all of it; else as it is."""
+    try:
+        message = unpack(body)
+    except Exception:  # noqa: BLE001 - whoever receives it finds out, and counts
+        return body
+    return message if _SCALARS.issuperset(map(type, message.values())) else body
 
 
 def _head(channel: str) -> str:

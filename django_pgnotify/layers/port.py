@@ -41,6 +41,8 @@ class Port:
         self._direct = wire_channel(f"{layer.wire}.{self.local.token}")
         self._shards = [wire_channel(f"{layer.wire}.{number}") for number in range(layer.shards)]
         self._used_shards: set[str] = set()
+        self.attached = False
+        """Whether the hub knows that we want to hear."""
         self._incoming: deque[tuple[int, str, Any]] = deque()
         self._fetching: asyncio.Task[None] | None = None
         self._flushed: deque[str] = deque(maxlen=100)
@@ -59,7 +61,7 @@ class Port:
             return
         if name is not None:
             self._used_shards.add(self.shard(name))
-        self.hub.want(self, frozenset((self._base, self._direct, *self._used_shards)))
+        self._want()
         await self.hub.until_heard(channels)
 
     @property
@@ -67,8 +69,18 @@ class Port:
         """Whether whatever is sent to our channels arrives."""
         return self._direct in self.hub.heard
 
+    def attach(self) -> None:
+        """Begin to listen, where need be, without waiting for it."""
+        if not self.attached:
+            self._want()
+
+    def _want(self) -> None:
+        self.attached = True
+        self.hub.want(self, frozenset((self._base, self._direct, *self._used_shards)))
+
     def close(self) -> None:
         """Hear no more."""
+        self.attached = False
         self.hub.want(self, frozenset())
 
     def shard(self, name: str) -> str:
@@ -169,9 +181,9 @@ class Port:
         self.local.sweep(now)
         # And leave the shards in which nobody is a member any more.
         used = {self.shard(name) for name in (*self.local.groups, *self.shared)}
-        if used < self._used_shards and not self._adding and self.hears:
+        if used < self._used_shards and not self._adding and self.attached:
             self._used_shards = used
-            self.hub.want(self, frozenset((self._base, self._direct, *used)))
+            self._want()
 
     # -- gaps -----------------------------------------------------------------------------------
 
@@ -222,6 +234,8 @@ class Port:
 
         async def join() -> None:
             await self.listen(group)
+            if self._layer.feed is not None:
+                await self._layer.feed.listening()
             self._adding.pop((group, channel), None)
             self.local.join(group, channel)
             there = wire_channel(f"{self._base}.{token}").encode()

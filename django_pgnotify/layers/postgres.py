@@ -158,8 +158,10 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         Raises:
             PgNotifyError: the channel belongs to another process.
         """
-        self._check_channel(channel)
         port = self._port()
+        if port is not None and port.attached and channel in port.local.boxes:
+            return await port.local.receive(channel)  # as nearly always
+        self._check_channel(channel)
         if "!" not in channel:
             if port is None:
                 return await run_on(
@@ -178,8 +180,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
                 *(owner.loop, self.receive, channel),
                 undo=lambda message: owner.local.put_back(channel, message),
             )
-        if not owner.hears:
-            await owner.listen()
+        owner.attach()
         return await owner.local.receive(channel)
 
     async def group_add(self, group: str, channel: str) -> None:
@@ -301,6 +302,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             self._owners[port.local.token] = port
         elif port.hub.closed:
             port.hub = hub_of(self._publish_alias, self._listen_alias)
+            port.attached = False
         return port
 
     def _owner(self, channel: str) -> Port | None:

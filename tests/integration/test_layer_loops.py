@@ -474,7 +474,7 @@ async def test_a_burst_while_backends_are_terminated_loses_nothing_outside_gaps(
     ends = await asyncio.gather(*sending)
     await passed(layer)
     received: list[list[int]] = [[]]
-    for _ in range(len(port_of(layer).local.boxes[channel])):
+    for _ in range(len(port_of(layer).local.boxes[channel].messages)):
         message = await take(layer, channel)
         if message["type"] == "pgnotify.gap":
             received.append([])

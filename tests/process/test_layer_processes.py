@@ -254,9 +254,10 @@ asyncio.run(main())
 }
 
 PREAMBLE = """
-import asyncio, atexit, sys, threading
+import asyncio, atexit, logging, sys, threading
 import django
 django.setup()
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # not that a busy machine was slow
 layer = None
 def last():
     # Registered before the layer's own handlers, so it runs after them.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from django_pgnotify.layers import mailbox as module
-from django_pgnotify.layers.mailbox import Mailbox
+from django_pgnotify.layers.mailbox import Body, Mailbox
 
 DEADLINE = 10.0
 
@@ -38,7 +38,7 @@ def now() -> float:
 
 def put(mailbox: Mailbox, message: bytes, expiry: float = 60) -> bool:
     """Add a message that is worth reading for so many seconds."""
-    return mailbox.put(message, now() + expiry)
+    return mailbox.put((now() + expiry, message))
 
 
 def box(*messages: bytes, capacity: int = 10, expiry: float = 60) -> Mailbox:
@@ -48,7 +48,7 @@ def box(*messages: bytes, capacity: int = 10, expiry: float = 60) -> Mailbox:
     return mailbox
 
 
-async def reader(mailbox: Mailbox) -> asyncio.Task[bytes]:
+async def reader(mailbox: Mailbox) -> asyncio.Task[Body]:
     """A task that waits for a message; returned once it does."""
     task = asyncio.create_task(mailbox.get(), name="reader")
     await asyncio.sleep(0)  # its first step, up to where it waits
@@ -56,7 +56,7 @@ async def reader(mailbox: Mailbox) -> asyncio.Task[bytes]:
     return task
 
 
-async def soon(task: asyncio.Task[bytes]) -> bytes:
+async def soon(task: asyncio.Task[Body]) -> Body:
     async with asyncio.timeout(DEADLINE):
         return await task
 
@@ -173,11 +173,11 @@ async def test_what_expired_before_its_reader_came_is_counted_as_missed(clock: C
 
 async def test_a_message_that_is_forced_in_needs_no_room() -> None:
     mailbox = box(b"1", capacity=1)
-    mailbox.force(b"2", now() + 60)
+    mailbox.force((now() + 60, b"2"))
     assert not put(mailbox, b"3")
     assert [await mailbox.get(), await mailbox.get()] == [b"1", b"2"]
     task = await reader(mailbox)
-    mailbox.force(b"4", now() + 60)
+    mailbox.force((now() + 60, b"4"))
     assert await soon(task) == b"4"
 
 
@@ -185,15 +185,15 @@ async def test_a_message_that_is_put_back_is_the_next_one_again() -> None:
     mailbox = box(b"1", b"2", capacity=2)
     first = await mailbox.get()
     put(mailbox, b"3")
-    mailbox.put_back(first, now() + 60)
+    mailbox.put_back((now() + 60, first))
     assert [await mailbox.get() for _ in range(3)] == [b"1", b"2", b"3"]
 
 
-async def test_clear_drops_messages_and_leaves_readers_waiting() -> None:
+async def test_messages_that_are_taken_away_leave_readers_waiting() -> None:
     mailbox = box(b"1", b"2")
-    mailbox.clear()
+    mailbox.messages.clear()
     task = await reader(mailbox)
-    mailbox.clear()
+    mailbox.messages.clear()
     put(mailbox, b"3", 60)
     assert await soon(task) == b"3"
 
