@@ -262,7 +262,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             await run_on(loops.home_loop(), self.close)
             return
         port.close()
-        if self.feed is not None and not any(other.hears for other in self._ports.values()):
+        if self.feed is not None and not any(other.attached for other in self._ports.values()):
             self.feed.close()
         if port.hub.idle:
             await port.hub.aclose()
