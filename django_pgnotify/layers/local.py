@@ -97,9 +97,19 @@ class Local:
         if channel.endswith("!"):
             return await self._receive_any(channel)
         box = self.boxes.get(channel) or self._box(channel)
+        box.readers += 1
         try:
             while True:
-                body = await box.get()
+                if not box.messages:
+                    waiter = box.waiter()
+                    try:
+                        await waiter
+                    except BaseException:
+                        box.pass_on(waiter)
+                        raise
+                body = box.pop()
+                if body is None:
+                    continue
                 if box.missed:
                     missed, box.missed = box.missed, 0
                     self._stats.add("expired", missed)
@@ -113,6 +123,7 @@ class Local:
                 except Exception:  # noqa: BLE001 - msgpack raises many
                     self.note_broken()
         finally:
+            box.readers -= 1
             if not box.groups and box.abandoned and self.boxes.get(channel) is box:
                 del self.boxes[channel]
 

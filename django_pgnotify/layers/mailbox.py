@@ -27,7 +27,7 @@ class Mailbox:
     def __init__(self, capacity: int, channel: str = "") -> None:
         self.channel = channel
         self.readers = 0
-        """How many are in :meth:`get`."""
+        """How many receive; kept by its owner."""
         self.groups = 0
         """How many groups the channel is in; kept by its owner."""
         self.missed = 0
@@ -78,25 +78,14 @@ class Mailbox:
         """When the next message expires."""
         return self.messages[0][0]
 
-    async def get(self) -> Body:
-        """The next message that has not expired, as soon as there is one."""
-        self.readers += 1
-        try:
-            while True:
-                if self.messages and (body := self.pop()) is not None:
-                    return body
-                waiter = asyncio.get_running_loop().create_future()
-                self._waiters.append(waiter)
-                try:
-                    await waiter
-                except BaseException:
-                    self.pass_on(waiter)
-                    raise
-        finally:
-            self.readers -= 1
+    def waiter(self) -> asyncio.Future[None]:
+        """A future that the next message resolves; then :meth:`pop`, or :meth:`pass_on`."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        return waiter
 
     def add_waiter(self, waiter: asyncio.Future[None]) -> None:
-        """Have a future be resolved by the next message; :meth:`pop` is then up to its owner."""
+        """Have a future that waits elsewhere as well be resolved by the next message."""
         self._waiters.append(waiter)
 
     def remove_waiter(self, waiter: asyncio.Future[None]) -> None:
@@ -104,7 +93,7 @@ class Mailbox:
             self._waiters.remove(waiter)
 
     def pass_on(self, waiter: asyncio.Future[None]) -> None:
-        """Undo :meth:`add_waiter`: if it was our turn, it is the next one's."""
+        """Wait no more: if it was our turn, it is the next one's."""
         if waiter in self._waiters:
             self._waiters.remove(waiter)
         elif self.messages:

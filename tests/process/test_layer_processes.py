@@ -225,8 +225,13 @@ asyncio.run(main())
 """,
     "while a daemon thread waits for a message": """
 asyncio.run(hello())
-channel = asyncio.run(layer.new_channel())
-threading.Thread(target=lambda: asyncio.run(layer.receive(channel)), daemon=True).start()
+waiting = threading.Event()
+async def wait():
+    channel = await layer.new_channel()
+    waiting.set()
+    await layer.receive(channel)
+threading.Thread(target=lambda: asyncio.run(wait()), daemon=True).start()
+assert waiting.wait(10)
 """,
     "by sys.exit": "asyncio.run(hello()); sys.exit(0)",
     "with a message under way": """
