@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 from psycopg import errors, pq
@@ -57,6 +57,14 @@ class LayerConnection(ListenConnection):
         Told while it was idle, nearly always. That it ended between commit and answer cannot be
         ruled out, but is a matter of microseconds.
         """
+
+    @classmethod
+    async def open(
+        cls, params: dict[str, Any], *, timeout: float, on_input: Callable[[], None]
+    ) -> Self:
+        """As that of the base; whatever the project has chosen, we speak UTF-8."""
+        params = {**params, "client_encoding": "UTF8"}
+        return await super().open(params, timeout=timeout, on_input=on_input)
 
     async def _introduce(self, timeout: float) -> None:
         await super()._introduce(timeout)
