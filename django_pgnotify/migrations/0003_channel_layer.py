@@ -54,22 +54,26 @@ TABLES: list[Any] = [
 ]
 
 
+# What a layer loses when the server crashes it may lose, so it need not be written twice. Rows come
+# and go all the time: vacuum comes often, and has little to do each time.
+TUNING = migrations.RunSQL(
+    [
+        "ALTER TABLE pgnotify_layer_message SET UNLOGGED",
+        """
+        ALTER TABLE pgnotify_layer_message SET (
+            autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000
+        )
+        """,
+        "ALTER TABLE pgnotify_layer_member SET UNLOGGED",
+    ],
+    migrations.RunSQL.noop,
+)
+
+
 class Migration(migrations.Migration):
     dependencies = [("django_pgnotify", "0002_durable")]
 
     operations = [
         OnPostgreSQL(database_operations=TABLES, state_operations=TABLES),
-        # What a layer loses when the server crashes it may lose; so it need not be written twice.
-        OnPostgreSQL(
-            database_operations=[
-                migrations.RunSQL(
-                    "ALTER TABLE pgnotify_layer_message SET UNLOGGED",
-                    "ALTER TABLE pgnotify_layer_message SET LOGGED",
-                ),
-                migrations.RunSQL(
-                    "ALTER TABLE pgnotify_layer_member SET UNLOGGED",
-                    "ALTER TABLE pgnotify_layer_member SET LOGGED",
-                ),
-            ]
-        ),
+        OnPostgreSQL(database_operations=[TUNING]),
     ]

@@ -144,6 +144,55 @@ def test_a_process_that_was_killed_takes_nothing_from_the_others(
         assert heard(stays, 1) == {"type": "x"}
 
 
+# -- workers of Channels ---------------------------------------------------------------------------
+
+WORKER = """
+import sys
+import django
+django.setup()
+from asgiref.sync import async_to_sync
+from channels.consumer import SyncConsumer
+from channels.layers import get_channel_layer
+from channels.routing import ChannelNameRouter
+from channels.worker import Worker
+
+class Jobs(SyncConsumer):
+    def job_run(self, message):
+        done = {"type": "done", "n": message["n"]}
+        async_to_sync(self.channel_layer.send)(message["reply"], done)
+
+application = ChannelNameRouter({sys.argv[1]: Jobs.as_asgi()})
+print("ready", flush=True)
+Worker(application, [sys.argv[1]], get_channel_layer()).run()
+"""
+
+
+def test_workers_of_channels_share_the_jobs_of_a_normal_channel() -> None:
+    name = f"jobs-{secrets.token_hex(4)}"
+    layer = PostgresChannelLayer()  # as in the settings of the workers
+    try:
+        reply = async_to_sync(layer.new_channel)()
+
+        def send(number: int) -> None:
+            async_to_sync(layer.send)(name, {"type": "job.run", "n": number, "reply": reply})
+
+        send(0)  # which waits until somebody works
+        with (
+            python("-c", WORKER, name, env=database_environ()) as one,
+            python("-c", WORKER, name, env=database_environ()) as two,
+        ):
+            for worker in (one, two):
+                worker.wait_for_line("^ready$")
+            for number in range(1, 30):
+                send(number)
+            answers = [async_to_sync(take)(layer, reply) for _ in range(30)]
+            assert sorted(answer["n"] for answer in answers) == list(range(30))
+            for worker in (one, two):
+                worker.kill()
+    finally:
+        stop_layers()
+
+
 # -- forks -------------------------------------------------------------------------------------
 
 FORK = """
