@@ -128,7 +128,7 @@ $(BENCH)/.installed: pyproject.toml benchmarks/requirements.txt
 	@$(PYTHON) -m venv $(BENCH)
 	@echo "Installing django-pgnotify and what it is measured beside into $(BENCH)"
 	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -e '.[binary]' -r benchmarks/requirements.txt
+	  -e '.[binary,channels]' -r benchmarks/requirements.txt
 	@touch $@
 
 bench: $(BENCH)/.installed

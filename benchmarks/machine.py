@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
+import subprocess
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -13,7 +15,10 @@ from pathlib import Path
 
 from example_project.embedded import EmbeddedPostgres
 
-PACKAGES = ("django", "psycopg", "django-pgnotify", "msgspec", "django-pgpubsub", "redis")
+PACKAGES = (
+    *("django", "psycopg", "django-pgnotify", "msgspec", "django-pgpubsub"),
+    *("channels", "channels-redis", "redis", "channels-postgres"),
+)
 
 
 def facts(server: EmbeddedPostgres) -> dict[str, str]:
@@ -24,6 +29,7 @@ def facts(server: EmbeddedPostgres) -> dict[str, str]:
         "WAL flush": _flush(server),
         "PostgreSQL": server.execute("SHOW server_version"),
         "Python": platform.python_version(),
+        "redis-server": _redis(),
         **{package: _version(package) for package in PACKAGES},
     }
 
@@ -39,6 +45,14 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _redis() -> str:
+    program = shutil.which("redis-server")
+    if program is None:
+        return "not installed"
+    found = re.search(r"v=(\S+)", subprocess.check_output([program, "--version"], text=True))
+    return found[1] if found else "unknown"
 
 
 def _flush(server: EmbeddedPostgres) -> str:

@@ -10,6 +10,7 @@ E006       ``invalidates`` or ``cached`` names a cache alias that is not in CACH
 E007       An option of a NearCache cannot work.
 E008       A ``cached`` function depends on what it cannot depend on.
 E009       The file of the epoch table cannot be used.
+E010       ``PGNOTIFY_SUBSCRIBE_PERMISSION`` names nothing that can be asked.
 W001       Something is forwarded through InMemoryChannelLayer, which is per process.
 W002       ``invalidates`` names a LocMemCache or DummyCache, which is per process.
 W003       A receiver of a model that publishes nothing.
@@ -38,6 +39,7 @@ from .exceptions import PgNotifyError, UnsupportedDatabase
 from .publishing import model_signals
 from .publishing.sender import check_alias
 from .registry import describe, is_model, registry
+from .streams.permission import project_rules_problem
 
 MINIMUM_PSYCOPG = (3, 2, 10)
 
@@ -48,6 +50,7 @@ def register() -> None:
     """Add the checks to Django's; called once the apps are ready."""
     for check in (
         check_settings,
+        check_permission,
         check_psycopg,
         check_databases,
         check_receivers,
@@ -78,6 +81,20 @@ def check_settings() -> Iterator[CheckMessage]:
             problem,
             hint="Keys are model labels ('auth.User'); options are those of notify_changes().",
             id="pgnotify.E004",
+        )
+
+
+def check_permission() -> Iterator[CheckMessage]:
+    try:
+        problem = project_rules_problem()
+    except PgNotifyError:
+        return  # E003 says so
+    if problem is not None:
+        yield checks.Error(
+            problem,
+            hint="Name a function of a subscriber and a group's name, or a dict of patterns. "
+            "Until then every group that a browser names is refused.",
+            id="pgnotify.E010",
         )
 
 

@@ -146,6 +146,8 @@ class Conf:
     """Send ``after_commit`` events from a thread of their own, on a connection of their own."""
     PUBLISH_RAW = Setting(False, _flag)
     """Publish rows saved by ``loaddata`` too."""
+    SUBSCRIBE_PERMISSION = Setting(None, _optional_text)
+    """Dotted path of what decides which groups a browser may hear; None refuses them all."""
     GAP_ON_START = Setting(False, _flag)
     """Tell of a gap when ``pglisten`` starts, because nobody knows who listened before."""
     NODE = Setting(socket.gethostname, _text)

@@ -1,6 +1,6 @@
 """The tables of the bus: what NOTIFY cannot carry, and what must not be lost.
 
-Those of durable topics are made on PostgreSQL only (migration 0002).
+Those of durable topics (migration 0002) and of the channel layer (0003) are on PostgreSQL only.
 """
 
 from __future__ import annotations
@@ -140,3 +140,51 @@ class DeadLetter(models.Model):
 
     def __str__(self) -> str:
         return f"event {self.event_id} for {self.consumer_id}"
+
+
+class LayerMessage(models.Model):
+    """A message of the channel layer: to a normal channel, or too large for a NOTIFY.
+
+    The table is not logged (migration 0003): a layer may lose messages when the server crashes,
+    and these do not outlive their ``expiry``.
+    """
+
+    id = models.BigAutoField(primary_key=True)
+    layer = models.TextField(help_text="Wire channel of the layer.")
+    channel = models.TextField(help_text="Empty where the message travels by reference.")
+    body = models.BinaryField()
+    expires_at = models.DateTimeField()
+
+    class Meta:
+        db_table = "pgnotify_layer_message"
+        default_permissions = ()
+        indexes = (
+            models.Index(fields=["layer", "channel", "id"], name="pgnotify_layer_message_next"),
+            models.Index(fields=["expires_at"], name="pgnotify_layer_message_old"),
+        )
+
+    def __str__(self) -> str:
+        return f"message {self.pk}"
+
+
+class LayerMember(models.Model):
+    """A normal channel that is in a group of the channel layer; not logged either."""
+
+    id = models.BigAutoField(primary_key=True)
+    layer = models.TextField(help_text="Wire channel of the layer.")
+    group_name = models.TextField()
+    channel = models.TextField()
+    expires_at = models.DateTimeField()
+
+    class Meta:
+        db_table = "pgnotify_layer_member"
+        default_permissions = ()
+        constraints = (
+            models.UniqueConstraint(
+                fields=["layer", "group_name", "channel"], name="pgnotify_layer_member_once"
+            ),
+        )
+        indexes = (models.Index(fields=["expires_at"], name="pgnotify_layer_member_old"),)
+
+    def __str__(self) -> str:
+        return f"{self.channel} in {self.group_name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from http.cookiejar import CookieJar
 from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 from urllib.request import HTTPCookieProcessor, Request, build_opener
 
 import psycopg
@@ -116,6 +117,62 @@ class Board:
         await asyncio.gather(self._reader, return_exceptions=True)
 
 
+class Desk:
+    """A stream of server-sent events of the courier desk, as a browser reads one."""
+
+    def __init__(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.name = name
+        self.last_id = ""
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, name: str, base: str, last_id: str = "") -> Desk:
+        """Connect; every parcel from here on will be told of."""
+        address = urlsplit(base)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        lines = ["GET /courier/events/ HTTP/1.1", f"Host: {address.netloc}"]
+        lines += [f"Last-Event-ID: {last_id}"] if last_id else []
+        writer.write("\r\n".join([*lines, "", ""]).encode())
+        async with asyncio.timeout(DEADLINE):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin1")
+        if "200" not in head.split("\r\n")[0]:
+            raise DemoError(f"{base}/courier/events/ answered {head!r}")
+        desk = cls(name, reader, writer)
+        if not last_id:
+            while not desk.last_id:
+                await desk._field()
+        return desk
+
+    async def parcel(self, pk: int) -> float:
+        """Wait for the parcel of an order, and return when it came."""
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while True:
+                    name, value = await self._field()
+                    if name == "data" and json.loads(value)["data"]["order"] == pk:
+                        return time.time()
+        except (TimeoutError, asyncio.IncompleteReadError):
+            raise MissingError(
+                f"the stream of {self.name} told of no parcel of order {pk} within {DEADLINE:g} s"
+            ) from None
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+    async def _field(self) -> tuple[str, str]:
+        """The next line that has a field; lines of the chunked encoding have none."""
+        while True:
+            line = (await self._reader.readuntil(b"\n")).decode().rstrip("\r\n")
+            name, colon, value = line.partition(": ")
+            if name == "id":
+                self.last_id = value
+            if colon:
+                return name, value
+
+
 async def until(what: str, probe: Callable[[], Awaitable[T | None]]) -> tuple[T, float]:
     """Ask until there is an answer; return it and when it was seen."""
     deadline = time.monotonic() + DEADLINE
@@ -181,6 +238,22 @@ async def drive(demo: Demo) -> list[str]:
         arrival = board_2.message("order", pk=pk, status="packed")
         await report.hop(f"admin action sent to {name_1} → browser on {name_2}", start, arrival)
 
+        # A parcel, as a server-sent event of a durable topic; and one for whoever was away.
+        desk = await Desk.open(name_2, url_2)
+        try:
+            start = (await browser.post_json(f"/orders/{pk}/advance/"))["committed_at"]
+            await report.hop(f"{origin} event stream on {name_2}", start, desk.parcel(pk))
+        finally:
+            await desk.close()
+        missed = await shipped_elsewhere(browser)
+        start = time.time()
+        desk = await Desk.open(name_1, url_1, desk.last_id)
+        try:
+            label = f"event stream resumed on {name_1} → the parcel it missed"
+            await report.hop(label, start, desk.parcel(missed))
+        finally:
+            await desk.close()
+
         # And a NOTIFY of somebody who has never heard of Django.
         job = f"roast 20 kg for O'Brien {uuid.uuid4().hex[:8]}"
         watch = asyncio.create_task(seen_job(demo.database_url, job))
@@ -196,6 +269,14 @@ async def drive(demo: Demo) -> list[str]:
             await board.close()
         await database.close()
     return report.problems
+
+
+async def shipped_elsewhere(browser: Browser) -> int:
+    """Place an order and take it to the courier; its key."""
+    pk: int = (await browser.post_json("/orders/place/"))["pk"]
+    for _ in range(3):
+        await browser.post_json(f"/orders/{pk}/advance/")
+    return pk
 
 
 async def joined(task: asyncio.Task[float]) -> float:

@@ -76,7 +76,11 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # The bus needs nothing but the database above.
 CHANNEL_LAYERS = {
-    "default": {"BACKEND": "django_pgnotify.layers.PostgresChannelLayer"},
+    "default": {
+        "BACKEND": "django_pgnotify.layers.PostgresChannelLayer",
+        # The boards are told when they may have missed something, and show themselves anew.
+        "CONFIG": {"gap_messages": ["orders"]},
+    },
 }
 
 # In the memory of each process, and never stale: every hit is checked against the epoch table, a

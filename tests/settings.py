@@ -118,7 +118,7 @@ CACHES = {
     },
     "local": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"},
 }
-CHANNEL_LAYERS = {
+CHANNEL_LAYERS: dict[str, Any] = {
     "default": {"BACKEND": "django_pgnotify.layers.PostgresChannelLayer"},
     "memory": {"BACKEND": "channels.layers.InMemoryChannelLayer"},
 }

@@ -63,6 +63,12 @@ if PUBSUB_INSTALLED and (_DATABASE is None or os.environ.get("BENCHMARK_PEER") =
     PGTRIGGER_INSTALL_ON_MIGRATE = True
     os.environ["PGPUBSUB_USE_PSYCOPG_V3"] = "True"
 
+CHANNELS_POSTGRES_INSTALLED = importlib.util.find_spec("channels_postgres") is not None
+if CHANNELS_POSTGRES_INSTALLED and (
+    _DATABASE is None or os.environ.get("BENCHMARK_PEER") == "channels_postgres"
+):
+    INSTALLED_APPS += ["channels_postgres"]
+
 if "BENCHMARK_FAST" not in os.environ:
     sys.modules["msgspec"] = None  # type: ignore[assignment]
 

@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import itertools
-import logging
-import os
 import re
-import secrets
-import threading
-import time
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
-from datetime import datetime
-from typing import Any
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
 
-import msgpack
-from channels.exceptions import ChannelFull
+from channels.exceptions import ChannelFull, MessageTooLarge
 from channels.layers import BaseChannelLayer
 
 from ..conf import conf
-from ..exceptions import ListenError, PgNotifyError
-from ..listening.background import Subscription, background_listener, established
-from ..listening.connection import Notification
+from ..exceptions import InvalidArgument, PgNotifyError
 from ..publishing.sender import check_alias
 from ..stats import Stats
 from ..wire import wire_channel
-from .mailbox import Mailbox
-from .sender import REFERENCE, sender
+from . import loops
+from .codec import Codec, crypt_of
+from .feed import DirectFeed
+from .local import TOKEN_LENGTH, patterns_of
+from .loops import hub_of, is_passing, run_on
+from .port import Port
 
-logger = logging.getLogger("django_pgnotify.layers")
+Message = dict[str, Any]
 
-_REFERENCE = re.compile(re.escape(REFERENCE) + r"([0-9]{1,18})", re.ASCII)
-_GROUP, _CHANNEL, _ADD, _DISCARD, _FLUSH = "g", "c", "+", "-", "f"
+
+class Feed(Protocol):
+    """What hands messages to the members in this process by itself."""
+
+    async def listening(self) -> None:
+        """Return once whatever is to be told from now on will be."""
+
+    def close(self) -> None:
+        """Tell no more."""
 
 
 class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
     """A Channels layer over LISTEN/NOTIFY: ``group_send`` is one NOTIFY, however many listen.
 
-    One background connection per process listens; another sends. A message too big for NOTIFY
-    (about 5,900 bytes packed) is stored in a row and travels by reference.
+    Each event loop that uses it has one connection, which listens and sends, and another one for
+    rows once it needs any: messages to normal channels (those without a ``!``) and messages too big
+    for a NOTIFY (about 5,900 bytes packed) are rows, which expire.
 
     Args:
         using: database alias; default ``PGNOTIFY_DATABASE`` to send on and
@@ -51,9 +52,33 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         group_expiry: seconds after which a membership that was not renewed ends.
         capacity: messages that may wait for one channel.
         channel_capacity: capacities by channel name pattern, as in Channels.
+        shards: wire channels that groups are spread over. A process listens to those of its own
+            groups only. All processes must have the same number.
+        symmetric_encryption_keys: the first encrypts what is sent and stored, all of them decrypt.
+            Needs the library ``cryptography``.
+        gap_messages: tell the members of groups ``{"type": "pgnotify.gap", "since": ..., "until":
+            ..., "cause": ...}`` when they may have missed messages; True, or a list of patterns of
+            group names (``["board.*"]``).
+
+    Raises:
+        InvalidArgument: ``shards``, or the keys, cannot work.
+        TypeError: ``gap_messages`` is neither a bool nor patterns.
+        UnsupportedDatabase: the alias is not PostgreSQL, or is not there.
     """
 
     extensions = ["groups", "flush"]  # noqa: RUF012 - the name and type that Channels looks at
+    ChannelFull = ChannelFull
+    MessageTooLarge = MessageTooLarge
+    """Never raised: what is too large for a frame becomes a row."""
+
+    # As the specification has it: names of up to 100 characters, of ASCII, and nothing behind them.
+    MAX_NAME_LENGTH = 101
+    channel_name_regex = re.compile(r"[a-zA-Z0-9\-_.]+(![a-zA-Z0-9\-_.]*)?\Z")
+    group_name_regex = re.compile(r"[a-zA-Z0-9\-_.]+\Z")
+    invalid_name_error = (
+        "{} name must be a valid unicode string with length <= 100 containing only ASCII "
+        "alphanumerics, hyphens, underscores, or periods."
+    )
 
     def __init__(
         self,
@@ -63,297 +88,256 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         group_expiry: float = 86400,
         capacity: int = 100,
         channel_capacity: dict[Any, int] | None = None,
+        shards: int = 8,
+        symmetric_encryption_keys: Iterable[str | bytes] | None = None,
+        gap_messages: bool | Iterable[str] = False,
     ) -> None:
         super().__init__(expiry=expiry, capacity=capacity, channel_capacity=channel_capacity)
+        if isinstance(shards, bool) or not isinstance(shards, int) or not 1 <= shards <= 64:
+            raise InvalidArgument(f"shards= is a whole number from 1 to 64; got {shards!r}.")
         self.channel_capacity = self.compile_capacities(channel_capacity or {})
         self.group_expiry = group_expiry
         self.prefix = prefix
+        self.shards = shards
+        self.gap_messages = patterns_of(gap_messages)
+        self.crypt = crypt_of(symmetric_encryption_keys)
         self.stats = Stats()
+        self.wire = wire_channel(f"pgnotify.layer.{prefix}", conf.CHANNEL_PREFIX)
         self._publish_alias = check_alias(using or conf.DATABASE)
         self._listen_alias = check_alias(using or conf.listen_database)
-        self._wire = wire_channel(f"pgnotify.layer.{prefix}", conf.CHANNEL_PREFIX)
-        self._lock = threading.RLock()
+        self.feed: Feed | None = DirectFeed(self, self._listen_alias)
+        """Hears in this process what groups are to be told, and calls :meth:`deliver`."""
         self._reset()
+        _layers.add(self)
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, which has no part in its parent's groups."""
-        self._pid = os.getpid()
-        self._token = secrets.token_hex(8)
-        self._mailboxes: dict[str, Mailbox] = {}
-        self._groups: dict[str, dict[str, float]] = {}
-        self._subscription: Subscription | None = None
-        self._incoming: deque[str] = deque()
-        self._fetching = False
-        self._flushes: dict[str, Future[None]] = {}
-        self._numbers = itertools.count()
-        self._sweep_due = time.monotonic() + self.expiry
+        self._generation = loops.generation
+        self._ports: dict[asyncio.AbstractEventLoop, Port] = {}
+        self._owners: dict[str, Port] = {}
 
     # -- Channels API -------------------------------------------------------------------------
 
     async def new_channel(self, prefix: str = "specific.") -> str:
-        """A name for a channel that only this process reads, once it can be heard."""
-        await self._listening()
-        return f"{prefix}{self._token}!{secrets.token_hex(8)}"
+        """A name for a channel that only this event loop reads, once it can be heard."""
+        port = self._port()
+        if port is None:
+            return await run_on(loops.home_loop(), self.new_channel, prefix)
+        await port.listen()
+        return port.new_channel(prefix)
 
-    async def send(self, channel: str, message: dict[str, Any]) -> None:
-        """Send to one process-local channel, of this process or another.
+    async def send(self, channel: str, message: Message) -> None:
+        """Send to one channel.
 
         Raises:
-            ChannelFull: the channel is ours and as many messages wait as it may hold.
+            ChannelFull: as many messages wait for it as it may hold. Of process-local channels
+                only the process they belong to knows; what comes from elsewhere is dropped there.
             PublishError: PostgreSQL could not be told.
         """
-        _require_dict(message)
-        self.require_valid_channel_name(channel)
-        self._require_local(channel)
-        packed = msgpack.packb(message)
-        if self._is_ours(channel):
-            if not self._put(channel, packed):
+        self._check_channel(channel)
+        port = self._port()
+        if port is None:
+            await run_on(loops.home_loop(), self.send, channel, message)
+            return
+        body = port.codec.message(message)
+        if "!" not in channel:
+            if not await port.put_shared(channel, body):
+                raise ChannelFull(channel)
+        elif port.local.is_ours(channel):
+            if not port.put(channel, body):
                 raise ChannelFull(channel)
         else:
-            await self._notify(_CHANNEL, channel, packed)
+            await port.tell_channel(channel, body)
 
-    async def receive(self, channel: str) -> dict[str, Any]:
-        """The next message of a channel of ours; waits for one."""
-        self.require_valid_channel_name(channel)
-        self._require_local(channel)
-        await self._listening()
-        if not self._is_ours(channel):
+    async def receive(self, channel: str) -> Message:
+        """The next message of a channel; waits for one.
+
+        Of a process-local channel (with a ``!``) it must be the process that made it. A message of
+        a normal channel is received by one receiver, of all processes.
+
+        Raises:
+            PgNotifyError: the channel belongs to another process.
+        """
+        port = self._port()
+        if port is not None and port.attached and channel in port.local.boxes:
+            return await port.local.receive(channel)  # as nearly always
+        self._check_channel(channel)
+        if "!" not in channel:
+            if port is None:
+                return await run_on(
+                    *(loops.home_loop(), self.receive, channel),
+                    undo=lambda message: self._send_again(channel, message),
+                )
+            return await port.receive_shared(channel)
+        owner = self._owner(channel)
+        if owner is None:
             raise PgNotifyError(
-                f"Channel {channel!r} belongs to another process; receive() reads the names that "
-                f"new_channel() gave in this one."
+                f"Channel {channel!r} belongs to another process, or to an event loop that has "
+                f"ended; receive() reads the names that new_channel() gave in this one."
             )
-        with self._lock:
-            mailbox = self._mailbox(channel)
-            mailbox.readers += 1
-        try:
-            message: dict[str, Any] = _unpack(await mailbox.get())
-            return message
-        finally:
-            with self._lock:
-                mailbox.readers -= 1
-                if mailbox.abandoned and self._mailboxes.get(channel) is mailbox:
-                    del self._mailboxes[channel]
+        if owner is not port:
+            return await run_on(
+                *(owner.loop, self.receive, channel),
+                undo=lambda message: owner.local.put_back(channel, message),
+            )
+        owner.attach()
+        return await owner.local.receive(channel)
 
     async def group_add(self, group: str, channel: str) -> None:
         """Join; every message that is sent to the group after this returns will arrive."""
-        self.require_valid_group_name(group)
-        self.require_valid_channel_name(channel)
-        self._require_local(channel)
-        await self._listening()
-        if self._is_ours(channel):
-            self._join(group, channel)
+        self._check_group(group)
+        self._check_channel(channel)
+        port = self._port()
+        if port is None:
+            await run_on(loops.home_loop(), self.group_add, group, channel)
+        elif "!" not in channel:
+            await port.join_shared(group, channel)
+        elif port.local.is_ours(channel):
+            await port.listen(group)
+            if self.feed is not None:
+                await self.feed.listening()
+            port.local.join(group, channel)
         else:
-            # Its process hears this before it hears anything that is sent to the group later.
-            await self._notify(_ADD, group, channel.encode())
+            await port.ask_to_join(group, channel)
 
     async def group_discard(self, group: str, channel: str) -> None:
         """Leave; not to be a member is no error."""
-        self.require_valid_group_name(group)
-        self.require_valid_channel_name(channel)
-        self._require_local(channel)
-        if self._is_ours(channel):
-            self._leave(group, channel)
-        else:
-            await self._notify(_DISCARD, group, channel.encode())
+        self._check_group(group)
+        self._check_channel(channel)
+        port = self._port()
+        if port is None:
+            await run_on(loops.home_loop(), self.group_discard, group, channel)
+        elif "!" not in channel:
+            await port.leave_shared(group, channel)
+        elif port.local.is_ours(channel):
+            port.local.leave(group, channel)
+        elif (told := port.tell_to_leave(group, channel)) is not None:
+            await told
 
-    async def group_send(self, group: str, message: dict[str, Any]) -> None:
+    async def group_send(self, group: str, message: Message) -> None:
         """Send to every channel in a group with one NOTIFY. Full channels miss it, and are counted.
 
         Raises:
             PublishError: PostgreSQL could not be told.
         """
-        _require_dict(message)
-        self.require_valid_group_name(group)
-        await self._notify(_GROUP, group, msgpack.packb(message))
+        port = self._port()
+        if port is None:
+            self._check_group(group)
+            await run_on(loops.home_loop(), self.group_send, group, message)
+            return
+        if group not in port.local.groups:
+            self._check_group(group)
+        await port.tell_group(group, port.codec.message(message))
+
+    async def group_send_many(self, messages: Sequence[tuple[str, Message]]) -> None:
+        """Send ``(group, message)`` pairs, in order, in as few statements as they fit.
+
+        Raises:
+            PublishError: PostgreSQL could not be told of some of them.
+        """
+        for group, _ in messages:
+            self._check_group(group)
+        port = self._port()
+        if port is None:
+            await run_on(loops.home_loop(), self.group_send_many, messages)
+            return
+        bodies = [(group, port.codec.message(message)) for group, message in messages]
+        await asyncio.gather(*(port.tell_group(group, body) for group, body in bodies))
 
     async def flush(self) -> None:
         """Forget all groups and messages of before, in every process."""
-        await self._listening()
-        nonce, flushed = secrets.token_hex(8), Future[None]()
-        self._flushes[nonce] = flushed
-        try:
-            await self._notify(_FLUSH, nonce, b"")
-            # Until our own call is back, it could still take a group away that is joined now.
-            await asyncio.wait_for(asyncio.wrap_future(flushed), conf.CONNECT_TIMEOUT)
-        except TimeoutError:
-            raise ListenError("The channel layer did not hear its own flush.") from None
-        finally:
-            self._flushes.pop(nonce, None)
+        port = self._port()
+        if port is None:
+            await run_on(loops.home_loop(), self.flush)
+        else:
+            await port.flush()
 
     async def close(self) -> None:
-        """Stop hearing; what the process shares with other layers goes on."""
-        with self._lock:
-            subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            subscription.close()
+        """Stop hearing on this event loop; the next use begins again.
 
-    # -- names and members ----------------------------------------------------------------------
-
-    def _is_ours(self, channel: str) -> bool:
-        self._check_fork()
-        head = channel.partition("!")[0]
-        return head.endswith(self._token)
-
-    def _require_local(self, channel: str) -> None:
-        if "!" not in channel:
-            raise PgNotifyError(
-                f"Channel {channel!r} is a normal channel, which PostgresChannelLayer does not "
-                f"offer yet: it has groups and process-local channels (with a '!'). To hand work "
-                f"to another process use publish() and @receiver."
-            )
-
-    def _check_fork(self) -> None:
-        if self._pid != os.getpid():
-            self._lock = threading.RLock()  # the parent may have held it
-            self._reset()
-
-    def _join(self, group: str, channel: str) -> None:
-        with self._lock:
-            self._groups.setdefault(group, {})[channel] = time.monotonic()
-
-    def _leave(self, group: str, channel: str) -> None:
-        with self._lock:
-            members = self._groups.get(group, {})
-            members.pop(channel, None)
-            if not members:
-                self._groups.pop(group, None)
-
-    def _forget(self) -> None:
-        with self._lock:
-            self._groups.clear()
-            for mailbox in self._mailboxes.values():
-                mailbox.clear()
-
-    def _mailbox(self, channel: str) -> Mailbox:
-        with self._lock:
-            mailbox = self._mailboxes.get(channel)
-            if mailbox is None:
-                mailbox = self._mailboxes[channel] = Mailbox(self.get_capacity(channel))
-            return mailbox
-
-    def _put(self, channel: str, packed: bytes) -> bool:
-        with self._lock:  # or a reader that leaves could take the mailbox away meanwhile
-            mailbox = self._mailbox(channel)
-            if mailbox.put(packed, self.expiry):
-                return True
-            if mailbox.expire():
-                self._leave_all(channel)
-                return mailbox.put(packed, self.expiry)
-        self.stats.add("dropped")
-        return False
-
-    def _leave_all(self, channel: str) -> None:
-        """Nobody has read this channel for as long as messages are kept: it has no reader."""
-        for group in list(self._groups):
-            self._leave(group, channel)
-
-    def _sweep(self, now: float) -> None:
-        """Forget mailboxes whose reader is gone and whose messages have expired."""
-        self._sweep_due = now + self.expiry
-        for channel, mailbox in list(self._mailboxes.items()):
-            if mailbox.expire():
-                self._leave_all(channel)
-            if mailbox.abandoned:
-                del self._mailboxes[channel]
-
-    # -- out ------------------------------------------------------------------------------------
-
-    async def _notify(self, kind: str, name: str, body: bytes) -> None:
-        self._check_fork()
-        # Numbered, because PostgreSQL folds equal payloads of one transaction into one.
-        packed = msgpack.packb((kind, name, body, next(self._numbers)))
-        payload = base64.b64encode(packed).decode()
-        await asyncio.wrap_future(sender(self._publish_alias).send(self._wire, payload))
-
-    # -- in -------------------------------------------------------------------------------------
-
-    async def _listening(self) -> None:
-        """Return once whatever is sent from now on arrives here."""
-        self._check_fork()
-        with self._lock:
-            if self._subscription is None or not self._subscription.alive:
-                self._subscription = background_listener(self._listen_alias).subscribe(
-                    self._wire, self._on_notifications, self._on_gap
-                )
-            subscription = self._subscription
-        await established([subscription], conf.CONNECT_TIMEOUT)
-
-    def _on_notifications(self, batch: Sequence[Notification]) -> None:
-        with self._lock:
-            self._incoming.extend(
-                notification.payload.decode(errors="replace") for notification in batch
-            )
-            if not self._fetching:
-                self._take_in()
-
-    def _take_in(self) -> None:
-        """Hand on what has come in, in order; what follows a stored message waits for it."""
-        while self._incoming:
-            payload = self._incoming.popleft()
-            reference = _REFERENCE.fullmatch(payload)
-            if reference is not None:
-                self._fetching = True
-                row = int(reference.group(1))
-                sender(self._publish_alias).fetch(row).add_done_callback(self._fetched)
-                return
-            self._hand_on(payload)
-
-    def _fetched(self, body: Future[str | None]) -> None:
-        with self._lock:
-            text = body.result()
-            if text is None:
-                self.stats.add("broken")
-            else:
-                self._hand_on(text)
-            self._fetching = False
-            self._take_in()
-
-    def _hand_on(self, payload: str) -> None:
-        try:
-            kind, name, body, _ = msgpack.unpackb(base64.b64decode(payload, validate=True))
-            if not isinstance(name, str) or not isinstance(body, bytes):
-                raise ValueError("wrong types")
-            if kind in (_GROUP, _CHANNEL) and not isinstance(_unpack(body), dict):
-                raise ValueError("not a message")
-            if kind not in (_GROUP, _CHANNEL, _ADD, _DISCARD, _FLUSH):
-                raise ValueError("unknown kind")
-        except Exception as exc:  # noqa: BLE001 - anybody may NOTIFY anything; msgpack raises many
-            self.stats.add("broken")
-            logger.warning("Skipped a message that is none of ours (%s)", type(exc).__name__)
+        The connections are closed where no other layer uses them.
+        """
+        port = self._port()
+        if port is None:
+            await run_on(loops.home_loop(), self.close)
             return
-        now = time.monotonic()
-        if kind == _GROUP:
-            for channel, joined in list(self._groups.get(name, {}).items()):
-                if now - joined > self.group_expiry:
-                    self._leave(name, channel)
-                else:
-                    self._put(channel, body)
-        elif kind == _FLUSH:
-            self._forget()
-            flushed = self._flushes.get(name)
-            if flushed is not None and flushed.set_running_or_notify_cancel():
-                flushed.set_result(None)
-        elif kind == _CHANNEL:
-            if self._is_ours(name):
-                self._put(name, body)
-        else:
-            channel = body.decode(errors="replace")
-            if self._is_ours(channel):
-                (self._join if kind == _ADD else self._leave)(name, channel)
-        if now >= self._sweep_due:
-            self._sweep(now)
+        port.close()
+        if self.feed is not None and not any(other.attached for other in self._ports.values()):
+            self.feed.close()
+        if port.hub.idle:
+            await port.hub.aclose()
 
-    def _on_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
-        self.stats.add("gaps")
-        logger.warning(
-            "The channel layer may have missed messages from %s to %s: %s", since, until, cause
-        )
+    def has_members(self, group: str) -> bool:
+        """Whether a process-local channel of this process is in a group. In any thread."""
+        return any(group in port.local.groups for port in list(self._ports.values()))
+
+    def deliver(self, group: str, message: Message) -> None:
+        """Hand a message to the members of a group in this process, without a NOTIFY.
+
+        For somebody who hears in each process what the members of the group are to be told. May
+        be called in any thread.
+
+        Raises:
+            TypeError: the message, or the name, is none.
+        """
+        self._check_group(group)
+        body = Codec().message(message)
+        for port in list(self._ports.values()):
+            with suppress(RuntimeError):  # its loop has been closed
+                port.loop.call_soon_threadsafe(port.deliver, group, body)
+
+    # -- ports ----------------------------------------------------------------------------------
+
+    def _port(self) -> Port | None:
+        """The port on the running loop; None where the loop is there for one call only."""
+        if self._generation != loops.generation:
+            self._reset()
+        loop = asyncio.get_running_loop()
+        port = self._ports.get(loop)
+        if port is None:
+            if is_passing(loop):
+                return None
+            port = Port(self, hub_of(self._publish_alias, self._listen_alias))
+            self._ports[loop] = port
+            self._owners[port.local.token] = port
+        elif port.hub.closed:
+            port.hub = hub_of(self._publish_alias, self._listen_alias)
+            port.attached = False
+        return port
+
+    def _owner(self, channel: str) -> Port | None:
+        """The port of this process that a channel belongs to."""
+        head = channel.partition("!")[0]
+        return self._owners.get(head[-TOKEN_LENGTH:])
+
+    def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        port = self._ports.pop(loop, None)
+        if port is not None:
+            self._owners.pop(port.local.token, None)
+
+    def _send_again(self, channel: str, message: Message) -> None:
+        """Put back what was received from a normal channel for a caller who had gone."""
+        port = self._port()
+        if port is not None:
+            port.hub.out.spawn(self.send(channel, message), "pgnotify-layer-put-back")
+
+    # -- names ----------------------------------------------------------------------------------
+
+    def _check_group(self, group: str) -> None:
+        self.require_valid_group_name(group)
+
+    def _check_channel(self, channel: str) -> None:
+        known = self._owner(channel) if type(channel) is str else None
+        if known is None or channel not in known.local.boxes:
+            self.require_valid_channel_name(channel)
 
 
-def _unpack(packed: bytes) -> Any:
-    return msgpack.unpackb(packed, strict_map_key=False)
+_layers: weakref.WeakSet[PostgresChannelLayer] = weakref.WeakSet()
 
 
-def _require_dict(message: object) -> None:
-    if not isinstance(message, dict):
-        raise TypeError(f"A channel layer message is a dict; got {message!r}.")
+def _forget(loop: asyncio.AbstractEventLoop) -> None:
+    for layer in list(_layers):
+        layer._forget(loop)
+
+
+loops.on_loop_closed.append(_forget)

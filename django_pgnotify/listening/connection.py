@@ -12,7 +12,7 @@ import asyncio
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import psycopg
 from psycopg import errors, pq, sql
@@ -73,7 +73,7 @@ class ListenConnection:
     @classmethod
     async def open(
         cls, params: dict[str, Any], *, timeout: float, on_input: Callable[[], None]
-    ) -> ListenConnection:
+    ) -> Self:
         """Connect with Django's connection parameters.
 
         Raises:

@@ -63,6 +63,8 @@ class Listener:
         heartbeat_interval: seconds, where it is to be less than ``PGNOTIFY_HEARTBEAT_INTERVAL``.
     """
 
+    connection_class: type[ListenConnection] = ListenConnection
+
     def __init__(
         self,
         using: str,
@@ -352,7 +354,7 @@ class Listener:
                     self._connection = None
 
     async def _connect(self) -> ListenConnection:
-        opening = ListenConnection.open(
+        opening = self.connection_class.open(
             connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=self._on_input
         )
         self._opening = asyncio.create_task(opening, name="pgnotify-connect")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from channels.db import database_sync_to_async
-from channels.generic.websocket import AsyncJsonWebsocketConsumer
+
+from django_pgnotify.streams.websocket import SubscriptionConsumer
 
 from . import board
 from .receivers import BOARD_GROUP
@@ -18,17 +19,25 @@ from .summary import summary
 Message = dict[str, Any]
 
 
-class BoardConsumer(AsyncJsonWebsocketConsumer):
+class BoardConsumer(SubscriptionConsumer):
+    """Its one group is chosen here; a client that asks for another is refused."""
+
     groups = (BOARD_GROUP,)
 
     async def connect(self) -> None:
         await self.accept()
         await self.send_snapshot()
 
-    async def receive_json(self, content: Message, **kwargs: Any) -> None:
+    async def receive_json(self, content: Any, **kwargs: Any) -> None:
         """The page asks for the whole board when it was asleep, and once in a while to be sure."""
-        if content.get("type") == "snapshot":
+        if isinstance(content, dict) and content.get("type") == "snapshot":
             await self.send_snapshot()
+        else:
+            await super().receive_json(content, **kwargs)
+
+    async def pgnotify_gap(self, message: Message) -> None:
+        """The layer may have missed something."""
+        await self.send_snapshot()
 
     async def order_changed(self, message: Message) -> None:
         event = message["event"]

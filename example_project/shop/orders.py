@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 from django.db import transaction
 from django.db.models import F
 
+from django_pgnotify import Topic, publish
+
 from .models import Customer, Order, OrderLine, PackingSlip, Product, Status
+
+SHIPMENTS = Topic("shop.shipments", delivery="durable")
+"""Parcels as they are handed over; kept in the event log, for whoever was not looking."""
 
 
 class OrderRefusedError(Exception):
@@ -22,7 +28,20 @@ def advance(pk: int) -> Order:
         if order.next_step is None:
             raise OrderRefusedError(f"{order} is {order.get_status_display().lower()} already")
         order.move_to(order.next_step[0])
+        if order.status == Status.SHIPPED:
+            publish(SHIPMENTS, shipment(order))
     return order
+
+
+def shipment(order: Order) -> dict[str, Any]:
+    """What the courier desk shows of a parcel."""
+    return {
+        "order": order.pk,
+        "number": order.number,
+        "customer": order.customer.name,
+        "city": order.customer.city,
+        "at": order.changed_at.isoformat(),
+    }
 
 
 def cancel(pk: int) -> Order:

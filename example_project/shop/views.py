@@ -17,8 +17,10 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST
 
 from . import board, orders
-from .models import Order
+from .models import Order, Status
 from .summary import summary
+
+PARCELS = 20
 
 
 def web_name() -> str:
@@ -48,6 +50,18 @@ def index(request: HttpRequest) -> HttpResponse:
 def summary_json(request: HttpRequest) -> JsonResponse:
     figures, cached = summary()
     return JsonResponse({**figures, "from_cache": cached, "served_by": web_name()})
+
+
+@require_GET
+def courier(request: HttpRequest) -> HttpResponse:
+    """The parcels that were handed over last; later ones come as server-sent events."""
+    shipped = Order.objects.filter(status=Status.SHIPPED).select_related("customer")
+    parcels = [orders.shipment(order) for order in shipped[:PARCELS]]
+    return render(
+        request,
+        "shop/courier.html",
+        {"parcels": parcels, "limit": PARCELS, "web_name": web_name()},
+    )
 
 
 View = Callable[..., HttpResponse]

@@ -100,7 +100,7 @@ def when(chromium: WebDriver, condition: str, *arguments: Any) -> None:
     try:
         chromium.execute_async_script(WHEN % condition, *arguments)
     except TimeoutException:
-        state = chromium.find_element(By.ID, "columns").text
+        state = chromium.find_element(By.TAG_NAME, "main").text
         raise AssertionError(
             f"not within {DEADLINE:g} s: {condition} {arguments}\n{state}\n"
             f"console: {console(chromium)}"
@@ -272,6 +272,53 @@ def test_a_page_outlives_its_server_and_catches_up_with_what_it_missed(
     shop.elsewhere(f"orders.advance({pk})")
     card_is(chromium, pk, "packed")
     assert_not_reloaded(chromium)
+
+
+def test_a_board_is_shown_anew_when_its_server_may_have_missed_messages(
+    chromium: WebDriver, shop: Shop
+) -> None:
+    [pk] = place(shop, "new")
+    open_board(chromium, shop.webs[0])
+    card_is(chromium, pk, "new")
+    # A change that publishes nothing stands for one whose message was lost.
+    shop.elsewhere(f"Order.objects.filter(pk={pk}).update(status='packed')")
+    with psycopg.connect(shop.database_url, autocommit=True) as connection:
+        connection.execute(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
+            " where datname = current_database() and application_name = 'pglisten'"
+        )
+    card_is(chromium, pk, "packed")
+    assert_not_reloaded(chromium)
+
+
+PARCELS = "pks => pks.every(pk => document.querySelectorAll(`#parcel-${pk}`).length === 1)"
+
+
+def test_the_courier_desk_outlives_its_server_and_is_told_of_the_parcels_it_missed(
+    chromium: WebDriver, shop: Shop
+) -> None:
+    [before] = place(shop, "shipped")
+    waiting = place(shop, "packed", "packed", "packed")
+    web = shop.webs[1]
+    chromium.get(f"{web.url}/courier/")
+    connection_is(chromium, "live")
+    chromium.execute_script("window.sinceTheLoad = true")
+    when(chromium, PARCELS, [before])
+    shop.elsewhere(f"orders.advance({waiting[0]})")
+    when(chromium, PARCELS, [waiting[0]])
+    try:
+        assert web.terminate() == 0, web.process and web.process.report()
+        connection_is(chromium, "reconnecting")
+        shop.elsewhere(f"orders.advance({waiting[1]})")
+    finally:
+        web.start()
+    connection_is(chromium, "live")
+    when(chromium, PARCELS, waiting[:2])
+    shop.elsewhere(f"orders.advance({waiting[2]})")
+    when(chromium, PARCELS, [before, *waiting])
+    assert_not_reloaded(chromium)
+    loads = "return performance.getEntriesByName(location.href, 'resource').length"
+    assert chromium.execute_script(loads) == 1, "the stream told, the list was not loaded again"
 
 
 COLOURS = """

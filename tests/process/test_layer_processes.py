@@ -144,6 +144,55 @@ def test_a_process_that_was_killed_takes_nothing_from_the_others(
         assert heard(stays, 1) == {"type": "x"}
 
 
+# -- workers of Channels ---------------------------------------------------------------------------
+
+WORKER = """
+import sys
+import django
+django.setup()
+from asgiref.sync import async_to_sync
+from channels.consumer import SyncConsumer
+from channels.layers import get_channel_layer
+from channels.routing import ChannelNameRouter
+from channels.worker import Worker
+
+class Jobs(SyncConsumer):
+    def job_run(self, message):
+        done = {"type": "done", "n": message["n"]}
+        async_to_sync(self.channel_layer.send)(message["reply"], done)
+
+application = ChannelNameRouter({sys.argv[1]: Jobs.as_asgi()})
+print("ready", flush=True)
+Worker(application, [sys.argv[1]], get_channel_layer()).run()
+"""
+
+
+def test_workers_of_channels_share_the_jobs_of_a_normal_channel() -> None:
+    name = f"jobs-{secrets.token_hex(4)}"
+    layer = PostgresChannelLayer()  # as in the settings of the workers
+    try:
+        reply = async_to_sync(layer.new_channel)()
+
+        def send(number: int) -> None:
+            async_to_sync(layer.send)(name, {"type": "job.run", "n": number, "reply": reply})
+
+        send(0)  # which waits until somebody works
+        with (
+            python("-c", WORKER, name, env=database_environ()) as one,
+            python("-c", WORKER, name, env=database_environ()) as two,
+        ):
+            for worker in (one, two):
+                worker.wait_for_line("^ready$")
+            for number in range(1, 30):
+                send(number)
+            answers = [async_to_sync(take)(layer, reply) for _ in range(30)]
+            assert sorted(answer["n"] for answer in answers) == list(range(30))
+            for worker in (one, two):
+                worker.kill()
+    finally:
+        stop_layers()
+
+
 # -- forks -------------------------------------------------------------------------------------
 
 FORK = """
@@ -225,8 +274,13 @@ asyncio.run(main())
 """,
     "while a daemon thread waits for a message": """
 asyncio.run(hello())
-channel = asyncio.run(layer.new_channel())
-threading.Thread(target=lambda: asyncio.run(layer.receive(channel)), daemon=True).start()
+waiting = threading.Event()
+async def wait():
+    channel = await layer.new_channel()
+    waiting.set()
+    await layer.receive(channel)
+threading.Thread(target=lambda: asyncio.run(wait()), daemon=True).start()
+assert waiting.wait(10)
 """,
     "by sys.exit": "asyncio.run(hello()); sys.exit(0)",
     "with a message under way": """
@@ -254,9 +308,10 @@ asyncio.run(main())
 }
 
 PREAMBLE = """
-import asyncio, atexit, sys, threading
+import asyncio, atexit, logging, sys, threading
 import django
 django.setup()
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # not that a busy machine was slow
 layer = None
 def last():
     # Registered before the layer's own handlers, so it runs after them.

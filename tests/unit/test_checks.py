@@ -196,6 +196,17 @@ def test_a_cache_in_another_process_s_memory_is_a_warning(settings: Settings, ba
 # -- receivers -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", ["no.such.thing", "tests.settings.SECRET_KEY"])
+def test_a_permission_that_cannot_be_asked_is_an_error(settings: Settings, path: str) -> None:
+    settings.PGNOTIFY_SUBSCRIBE_PERMISSION = path
+    assert path in only("pgnotify.E010").msg
+
+
+def test_a_permission_that_can_be_asked_is_fine(settings: Settings) -> None:
+    settings.PGNOTIFY_SUBSCRIBE_PERMISSION = "tests.process.live.urls.permit"
+    assert found() == []
+
+
 def test_a_receiver_of_a_model_that_publishes_nothing_is_a_warning() -> None:
     receiver(Tag, dispatch_uid="mine")(ignore)
     message = only("pgnotify.W003")

@@ -20,6 +20,7 @@ FACADES = [
     "django_pgnotify",
     "django_pgnotify.caching",
     "django_pgnotify.layers",
+    "django_pgnotify.streams",
     "django_pgnotify.testing",
 ]
 

@@ -1,33 +1,13 @@
 // The board's live half. The server sends HTML of rows as they are now; this puts it in its place.
-"use strict";
+import { connectSocket } from "../django_pgnotify/pgnotify.js";
 
-const LONGEST_WAIT = 5000; // ms between attempts to reconnect
 const CHECK_EVERY = 60000; // ms between whole boards, should the server itself have missed something
 
 const $ = (selector, root = document) => root.querySelector(selector);
 const connection = $("#connection");
-let socket = null;
-let attempts = 0;
-let retry = null;
-
-function connect() {
-  clearTimeout(retry);
-  socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/ws/board/`);
-  socket.onmessage = ({ data }) => {
-    const message = JSON.parse(data);
-    handlers[message.type]?.(message);
-  };
-  // Live is what the whole board has arrived on, not what has merely been accepted.
-  socket.onclose = () => {
-    say("reconnecting");
-    const ceiling = Math.min(LONGEST_WAIT, 300 * 2 ** attempts++);
-    retry = setTimeout(connect, ceiling / 2 + Math.random() * (ceiling / 2));
-  };
-}
 
 const handlers = {
   snapshot(message) {
-    attempts = 0;
     $("#columns").innerHTML = message.columns;
     $("#ticker").innerHTML = message.ticker;
     showSummary(message.summary, false);
@@ -154,17 +134,16 @@ function toast(text) {
   toast.timer = setTimeout(() => (element.hidden = true), 4000);
 }
 
-function refresh() {
-  if (socket.readyState === WebSocket.OPEN) {
-    socket.send(JSON.stringify({ type: "snapshot" }));
-  } else if (socket.readyState === WebSocket.CLOSED) {
-    connect();
-  }
-}
+// Each connection begins with a whole board, so a gap that a reconnect leaves is none here. Live is
+// what that has arrived on, not what has merely been accepted.
+const link = connectSocket("/ws/board/", {
+  longestPause: 5000,
+  onMessage: (message) => handlers[message.type]?.(message),
+  onState: (state) => state === "waiting" && say("reconnecting"),
+});
+const refresh = () => link.send({ type: "snapshot" });
 
 document.addEventListener("visibilitychange", () => document.hidden || refresh());
-addEventListener("online", refresh);
 setInterval(refresh, CHECK_EVERY);
 setInterval(showTimes, 15000);
 showTimes();
-connect();

@@ -1,0 +1,290 @@
+"""What one layer has on one event loop: who is in which group, and what waits for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from .codec import Codec, unpack
+from .mailbox import Body, Mailbox
+
+if TYPE_CHECKING:
+    from .postgres import PostgresChannelLayer
+
+logger = logging.getLogger("django_pgnotify.layers")
+
+GAP_TYPE = "pgnotify.gap"
+
+TOKEN_LENGTH = 16
+
+
+class Group:
+    """Members' mailboxes, and when they joined (monotonic); ``oldest`` is no later than any."""
+
+    __slots__ = ("boxes", "members", "oldest")
+
+    def __init__(self) -> None:
+        self.boxes: dict[str, Mailbox] = {}
+        self.members: dict[str, float] = {}
+        self.oldest = time.monotonic()
+
+
+class Local:
+    """See the module. Used on its loop only, so it needs no lock.
+
+    Args:
+        layer: whose options hold.
+        codec: packs the messages that are made here.
+    """
+
+    def __init__(self, layer: PostgresChannelLayer, codec: Codec) -> None:
+        self.token = secrets.token_hex(TOKEN_LENGTH // 2)
+        """What the names of our channels contain."""
+        self.boxes: dict[str, Mailbox] = {}
+        self.groups: dict[str, Group] = {}
+        self._layer = layer
+        self._stats = layer.stats
+        self._codec = codec
+        self._numbers = itertools.count()
+        self._for_all: dict[str, list[asyncio.Future[None]]] = {}
+        self.sweep_due = time.monotonic() + layer.expiry
+
+    # -- channels -------------------------------------------------------------------------------
+
+    def is_ours(self, channel: str) -> bool:
+        return channel.partition("!")[0].endswith(self.token)
+
+    def new_channel(self, prefix: str) -> str:
+        return f"{prefix}{self.token}!{next(self._numbers):x}{secrets.token_hex(6)}"
+
+    def put(self, channel: str, body: Body, now: float) -> bool:
+        """Hand a message to a channel of ours; False if it is full."""
+        box, message = self._box(channel), (now + self._layer.expiry, body)
+        if box.put(message):
+            return True
+        if expired := box.expire(now):
+            self._stats.add("expired", expired)
+            return box.put(message)
+        self._stats.add("dropped")
+        if box.groups and not box.overflowed and self.wants_gaps(channel):
+            # Once, in the place of all that is refused until something is read.
+            box.overflowed = True
+            self._tell(box, gap_message(None, None, "capacity"))
+        return False
+
+    def _tell(self, box: Mailbox, message: dict[str, Any], *, first: bool = False) -> None:
+        """Put in a message of our own, whether there is room or not."""
+        entry = (time.monotonic() + self._layer.expiry, message)
+        (box.put_back if first else box.force)(entry)
+
+    def _box(self, channel: str) -> Mailbox:
+        box = self.boxes.get(channel)
+        if box is None:
+            box = self.boxes[channel] = Mailbox(self._layer.get_capacity(channel), channel)
+            for waiter in self._for_all.get(_head(channel), ()):
+                box.add_waiter(waiter)
+        return box
+
+    async def receive(self, channel: str) -> dict[str, Any]:
+        """The next message of one channel; of all that begin so, where the name ends with ``!``."""
+        if channel.endswith("!"):
+            return await self._receive_any(channel)
+        box = self.boxes.get(channel) or self._box(channel)
+        box.readers += 1
+        try:
+            while True:
+                if not box.messages:
+                    waiter = box.waiter()
+                    try:
+                        await waiter
+                    except BaseException:
+                        box.pass_on(waiter)
+                        raise
+                body = box.pop()
+                if body is None:
+                    continue
+                if box.missed:
+                    missed, box.missed = box.missed, 0
+                    self._stats.add("expired", missed)
+                    if box.groups and self.wants_gaps(channel):
+                        box.put_back((time.monotonic() + self._layer.expiry, body))
+                        return gap_message(None, None, "expiry")
+                if isinstance(body, dict):
+                    return body.copy()
+                try:
+                    return unpack(body)
+                except Exception:  # noqa: BLE001 - msgpack raises many
+                    self.note_broken()
+        finally:
+            box.readers -= 1
+            if not box.groups and box.abandoned and self.boxes.get(channel) is box:
+                del self.boxes[channel]
+
+    async def _receive_any(self, head: str) -> dict[str, Any]:
+        waiting = self._for_all.setdefault(head, [])
+        try:
+            while True:
+                boxes = [box for channel, box in self.boxes.items() if _head(channel) == head]
+                filled = [box for box in boxes if box.messages]
+                if filled:
+                    first = min(filled, key=Mailbox.first_expires)
+                    body = first.pop()
+                    if body is not None:
+                        try:
+                            return body.copy() if isinstance(body, dict) else unpack(body)
+                        except Exception:  # noqa: BLE001 - msgpack raises many
+                            self.note_broken()
+                    continue
+                waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                waiting.append(waiter)
+                for box in boxes:
+                    box.add_waiter(waiter)
+                try:
+                    await waiter
+                except BaseException:
+                    for box in self.boxes.values():
+                        box.pass_on(waiter)
+                    raise
+                finally:
+                    waiting.remove(waiter)
+                    for box in self.boxes.values():
+                        box.remove_waiter(waiter)
+        finally:
+            if not waiting:
+                self._for_all.pop(head, None)
+
+    def put_back(self, channel: str, message: dict[str, Any]) -> None:
+        """Have a message that was received, and not read, be the next one again."""
+        expires = time.monotonic() + self._layer.expiry
+        self._box(channel).put_back((expires, self._codec.message(message)))
+
+    def note_broken(self) -> None:
+        self._stats.add("broken")
+        logger.warning("Skipped a message that is none, or is encrypted with another key")
+
+    # -- groups ---------------------------------------------------------------------------------
+
+    def join(self, name: str, channel: str) -> None:
+        group = self.groups.get(name)
+        if group is None:
+            group = self.groups[name] = Group()
+        if channel not in group.members:
+            box = group.boxes[channel] = self._box(channel)
+            box.groups += 1
+        group.members[channel] = time.monotonic()
+
+    def leave(self, name: str, channel: str) -> None:
+        group = self.groups.get(name)
+        if group is None or group.members.pop(channel, None) is None:
+            return
+        box = group.boxes.pop(channel)
+        box.groups -= 1
+        if box.abandoned:
+            del self.boxes[channel]
+        if not group.members:
+            del self.groups[name]
+
+    def deliver(self, name: str, body: bytes, now: float) -> None:
+        """Hand a message to the members of a group that are here."""
+        group = self.groups.get(name)
+        if group is None:
+            return
+        if now - group.oldest > self._layer.group_expiry:
+            self._expire_members(name, group, now)
+        message = (now + self._layer.expiry, body if len(group.boxes) < 2 else _shareable(body))
+        for box in [box for box in group.boxes.values() if not box.put(message)]:
+            self.put(box.channel, body, now)  # it is full: look closer
+
+    def forget(self) -> None:
+        """Drop all groups and messages; whoever receives goes on waiting."""
+        for name, group in list(self.groups.items()):
+            for channel in list(group.members):
+                self.leave(name, channel)
+        for channel, box in list(self.boxes.items()):
+            box.messages.clear()
+            if box.abandoned:
+                del self.boxes[channel]
+
+    def sweep(self, now: float) -> None:
+        """Forget what has expired, and channels that nobody needs."""
+        self.sweep_due = now + self._layer.expiry
+        for channel, box in list(self.boxes.items()):
+            if expired := box.expire(now):
+                self._stats.add("expired", expired)
+                if box.groups and self.wants_gaps(channel):
+                    self._tell(box, gap_message(None, None, "expiry"), first=True)
+            if box.abandoned:
+                del self.boxes[channel]
+        for name, group in list(self.groups.items()):
+            if now - group.oldest > self._layer.group_expiry:
+                self._expire_members(name, group, now)
+
+    def _expire_members(self, name: str, group: Group, now: float) -> None:
+        for channel, joined in list(group.members.items()):
+            if now - joined > self._layer.group_expiry:
+                self.leave(name, channel)
+        group.oldest = min(group.members.values(), default=now)
+
+    # -- gaps -----------------------------------------------------------------------------------
+
+    def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
+        """Tell the members of groups that they may have missed messages, if they want to know."""
+        for channel, box in list(self.boxes.items()):
+            if box.groups and self.wants_gaps(channel):
+                self._tell(box, gap_message(since, until, cause))
+
+    def wants_gaps(self, channel: str) -> bool:
+        wanted = self._layer.gap_messages
+        if isinstance(wanted, bool):
+            return wanted
+        return any(
+            channel in group.members
+            and any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
+            for name, group in self.groups.items()
+        )
+
+
+def gap_message(since: datetime | None, until: datetime | None, cause: str) -> dict[str, Any]:
+    """What a consumer is told of messages that it may have missed."""
+    return {
+        "type": GAP_TYPE,
+        "since": None if since is None else since.isoformat(),
+        "until": (until or datetime.now(UTC)).isoformat(),
+        "cause": cause,
+    }
+
+
+def patterns_of(gap_messages: bool | Iterable[str]) -> bool | tuple[str, ...]:
+    """The option ``gap_messages``, checked; raises TypeError."""
+    if isinstance(gap_messages, bool):
+        return gap_messages
+    patterns = None if isinstance(gap_messages, (str, bytes, Mapping)) else tuple(gap_messages)
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            f"gap_messages= is a bool or a list of patterns of group names; got {gap_messages!r}."
+        )
+    return patterns
+
+
+_SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
+
+
+def _shareable(body: bytes) -> Body:
+    """The message itself, if a copy of the dict is a copy of all of it; else as it is."""
+    try:
+        message = unpack(body)
+    except Exception:  # noqa: BLE001 - whoever receives it finds out, and counts
+        return body
+    return message if _SCALARS.issuperset(map(type, message.values())) else body
+
+
+def _head(channel: str) -> str:
+    """The part of a process-local channel's name up to and including its ``!``."""
+    return channel[: channel.find("!") + 1]

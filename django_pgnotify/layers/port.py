@@ -1,0 +1,335 @@
+"""One layer on one event loop: between what it has there and the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import zlib
+from collections import deque
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from ..conf import conf
+from ..exceptions import PgNotifyError
+from ..wire import wire_channel
+from . import codec as wire
+from .codec import unpack
+from .local import TOKEN_LENGTH, Local
+from .shared import SharedChannel
+
+if TYPE_CHECKING:
+    from .hub import Hub
+    from .postgres import PostgresChannelLayer
+
+logger = logging.getLogger("django_pgnotify.layers")
+
+
+class Port:
+    """See the module. Used on the loop of its hub only."""
+
+    def __init__(self, layer: PostgresChannelLayer, hub: Hub) -> None:
+        self.hub = hub
+        self.loop = hub.loop
+        self.codec = wire.Codec(layer.crypt)
+        self.local = Local(layer, self.codec)
+        self.stats = layer.stats
+        self.shared: dict[str, SharedChannel] = {}
+        self._layer = layer
+        self._base = layer.wire
+        self._direct = wire_channel(f"{layer.wire}.{self.local.token}")
+        self._shards = [wire_channel(f"{layer.wire}.{number}") for number in range(layer.shards)]
+        self._used_shards: set[str] = set()
+        self.attached = False
+        """Whether the hub knows that we want to hear."""
+        self._incoming: deque[tuple[int, str, Any]] = deque()
+        self._fetching: asyncio.Task[None] | None = None
+        self._flushed: deque[str] = deque(maxlen=100)
+        self._adding: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._answers: dict[str, asyncio.Future[None]] = {}
+
+    # -- hearing --------------------------------------------------------------------------------
+
+    async def listen(self, name: str | None = None) -> None:
+        """Return once whatever is sent to our channels, and to group ``name``, arrives."""
+        channels = frozenset((self._base, self._direct))
+        if name is not None:
+            channels |= {self.shard(name)}
+        known = name is None or self.shard(name) in self._used_shards
+        if known and channels <= self.hub.heard:
+            return
+        if name is not None:
+            self._used_shards.add(self.shard(name))
+        self._want()
+        await self.hub.until_heard(channels)
+
+    @property
+    def hears(self) -> bool:
+        """Whether whatever is sent to our channels arrives."""
+        return self._direct in self.hub.heard
+
+    def attach(self) -> None:
+        """Begin to listen, where need be, without waiting for it."""
+        if not self.attached:
+            self._want()
+
+    def _want(self) -> None:
+        self.attached = True
+        self.hub.want(self, frozenset((self._base, self._direct, *self._used_shards)))
+
+    def close(self) -> None:
+        """Hear no more."""
+        self.attached = False
+        self.hub.want(self, frozenset())
+
+    def shard(self, name: str) -> str:
+        """The wire channel of a group or of a normal channel."""
+        return self._shards[zlib.crc32(name.encode()) % len(self._shards)]
+
+    def hear(self, payload: bytes) -> None:
+        try:
+            entries = self.codec.open(payload)
+        except Exception as exc:  # noqa: BLE001 - anybody may NOTIFY anything; msgpack raises many
+            self.stats.add("broken")
+            logger.warning("Skipped a message that is none of ours (%s)", type(exc).__name__)
+            return
+        self.stats.add("received", len(entries))
+        if self._fetching is not None:
+            # In order: what follows a stored message waits for it.
+            self._incoming += entries
+            return
+        now = time.monotonic()
+        for place, (kind, name, body) in enumerate(entries):
+            if type(body) is int and self._concerns_us(kind, name):
+                self._incoming += entries[place:]
+                self._fetching = self.loop.create_task(self._fetch(), name="pgnotify-layer-fetch")
+                break
+            self._take_in(kind, name, body, now)
+        self._sweep_if_due(now)
+
+    async def _fetch(self) -> None:
+        """Take in what has come, with the stored messages in their places."""
+        try:
+            while self._incoming:
+                kind, name, body = self._incoming.popleft()
+                if type(body) is int:
+                    body = await self._stored(body) if self._concerns_us(kind, name) else None
+                if body is not None:
+                    self._take_in(kind, name, body, time.monotonic())
+        finally:
+            self._fetching = None
+
+    async def _stored(self, number: int) -> bytes | None:
+        try:
+            stored = await self.hub.rows.fetch(self._base, number)
+            if stored is None:
+                logger.warning("A stored message has expired, or never was")
+            else:
+                return self.codec.unseal(stored)
+        except Exception as exc:  # noqa: BLE001 - the others must go on, whatever it was
+            logger.error("A stored message could not be fetched: %s", type(exc).__name__)
+        self.stats.add("broken")
+        return None
+
+    def _concerns_us(self, kind: int, name: str) -> bool:
+        return name in self.local.groups if kind == wire.GROUP else self.local.is_ours(name)
+
+    def _take_in(self, kind: int, name: str, body: Any, now: float) -> None:
+        local = self.local
+        if kind == wire.GROUP:
+            local.deliver(name, body, now)
+        elif kind == wire.DIRECT:
+            if local.is_ours(name):
+                local.put(name, body, now)
+        elif kind == wire.WAKE:
+            shared = self.shared.get(name)
+            if shared is not None:
+                shared.wake()
+        elif kind == wire.FLUSH:
+            if name not in self._flushed:
+                self._flushed.append(name)
+                local.forget()
+        elif kind == wire.ADD:
+            self._asked_to_join(name, body)
+        elif kind == wire.DISCARD:
+            if adding := self._adding.pop((name, body), None):
+                adding.cancel()
+            local.leave(name, body)
+        elif kind == wire.ADDED:
+            waiter = self._answers.get(name)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+    # -- channels -------------------------------------------------------------------------------
+
+    def new_channel(self, prefix: str) -> str:
+        self._sweep_if_due(time.monotonic())
+        return self.local.new_channel(prefix)
+
+    def put(self, channel: str, body: bytes) -> bool:
+        """Hand a message to a channel of ours; False if it is full."""
+        return self.local.put(channel, body, time.monotonic())
+
+    def deliver(self, group: str, body: bytes) -> None:
+        """Hand a message to the members of a group that are here."""
+        self.local.deliver(group, body, time.monotonic())
+
+    def _sweep_if_due(self, now: float) -> None:
+        if now < self.local.sweep_due:
+            return
+        self.local.sweep(now)
+        # And leave the shards in which nobody is a member any more.
+        used = {self.shard(name) for name in (*self.local.groups, *self.shared)}
+        if used < self._used_shards and not self._adding and self.attached:
+            self._used_shards = used
+            self._want()
+
+    # -- gaps -----------------------------------------------------------------------------------
+
+    def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
+        """The listener may have missed messages: tell whoever wants to know."""
+        self.stats.add("gaps")
+        logger.warning(
+            "The channel layer may have missed messages from %s to %s: %s", since, until, cause
+        )
+        for shared in self.shared.values():
+            shared.wake()
+        self.local.note_gap(since, until, cause)
+
+    # -- members of other processes -------------------------------------------------------------
+
+    async def ask_to_join(self, group: str, channel: str) -> None:
+        """Have the process of a channel add it to a group; return once it has done so."""
+        there = self._owner_of(channel)
+        if there is None:
+            return  # it is no channel that new_channel() made
+        await self.listen()
+        nonce = secrets.token_hex(8)
+        answer = self._answers[nonce] = self.loop.create_future()
+        try:
+            body = f"{channel} {nonce} {self.local.token}"
+            await self.hub.out.send(self, there, wire.ADD, group, body)
+            async with asyncio.timeout(conf.HEARTBEAT_TIMEOUT):
+                await answer
+        except TimeoutError:
+            logger.warning("The process of channel %r does not answer; it may have ended", channel)
+        finally:
+            del self._answers[nonce]
+
+    def tell_to_leave(self, group: str, channel: str) -> asyncio.Future[None] | None:
+        """Have the process of a channel discard it from a group."""
+        there = self._owner_of(channel)
+        if there is None:
+            return None
+        return self.hub.out.send(self, there, wire.DISCARD, group, channel)
+
+    def _asked_to_join(self, group: str, request: str) -> None:
+        channel, _, sender = request.partition(" ")
+        nonce, _, token = sender.partition(" ")
+        if not self.local.is_ours(channel):
+            if not token:
+                self.local.note_broken()
+            return
+
+        async def join() -> None:
+            await self.listen(group)
+            if self._layer.feed is not None:
+                await self._layer.feed.listening()
+            self._adding.pop((group, channel), None)
+            self.local.join(group, channel)
+            there = wire_channel(f"{self._base}.{token}").encode()
+            await self.hub.out.send(self, there, wire.ADDED, nonce, b"")
+
+        task = self.loop.create_task(join(), name="pgnotify-layer-join")
+        self._adding[group, channel] = task
+        task.add_done_callback(self._joined)
+
+    def _joined(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("A channel could not be added to a group: %s", error)
+
+    def _owner_of(self, channel: str) -> bytes | None:
+        """The wire channel of the process whose channel this is."""
+        token = channel.partition("!")[0][-TOKEN_LENGTH:]
+        if len(token) < TOKEN_LENGTH or not set(token) <= set("0123456789abcdef"):
+            return None
+        return wire_channel(f"{self._base}.{token}").encode()
+
+    # -- out ------------------------------------------------------------------------------------
+
+    def tell_group(self, group: str, body: bytes) -> asyncio.Future[None]:
+        return self.hub.out.send(self, self.shard(group).encode(), wire.GROUP, group, body)
+
+    async def tell_channel(self, channel: str, body: bytes) -> None:
+        """Send to a channel of another loop or process."""
+        there = self._owner_of(channel)
+        if there is not None:
+            await self.hub.out.send(self, there, wire.DIRECT, channel, body)
+
+    async def flush(self) -> None:
+        """Forget all groups and messages of before, in every process."""
+        await self.listen()
+        nonce = secrets.token_hex(8)
+        await self.hub.rows.flush(self._base)
+        await self.hub.out.send(self, self._base.encode(), wire.FLUSH, nonce, b"")
+        # Where it was sent on another connection than the one that listens it may not be back
+        # yet, and must then not take away what comes from here on.
+        self._take_in(wire.FLUSH, nonce, b"", 0.0)
+
+    async def store(self, body: bytes | str) -> int:
+        """Keep a message that is too large for a frame; returns the number of its row."""
+        if isinstance(body, str):
+            raise PgNotifyError("a channel's name is too long for a frame")
+        return await self.hub.rows.store(self._base, self.codec.seal(body), self._layer.expiry)
+
+    # -- normal channels ------------------------------------------------------------------------
+
+    def wake_up(self, channel: str) -> tuple[bytes, bytes]:
+        """Wire channel and payload that tell receivers of a normal channel to look."""
+        entry = self.codec.entry(wire.WAKE, channel, b"")
+        return self.shard(channel).encode(), self.codec.frames([entry], utf8=False)[0]
+
+    async def put_shared(self, channel: str, body: bytes) -> bool:
+        """Add to a normal channel; False if it is full."""
+        return await self.hub.rows.put(
+            self._base,
+            channel,
+            self.codec.seal(body),
+            self._layer.expiry,
+            self._layer.get_capacity(channel),
+            self.wake_up(channel),
+        )
+
+    async def receive_shared(self, channel: str) -> dict[str, Any]:
+        await self.listen(channel)
+        shared = self.shared.get(channel)
+        if shared is None:
+            shared = self.shared[channel] = SharedChannel(self, self._base, channel)
+        try:
+            while True:
+                body = await shared.get()
+                try:
+                    return unpack(self.codec.unseal(body))
+                except Exception:  # noqa: BLE001 - msgpack and Fernet raise many
+                    self.local.note_broken()
+        finally:
+            self.forget(channel, shared)
+
+    def forget(self, channel: str, shared: SharedChannel) -> None:
+        """Drop what receives a normal channel, if nobody does any more."""
+        if shared.idle and self.shared.get(channel) is shared:
+            del self.shared[channel]
+
+    async def join_shared(self, group: str, channel: str) -> None:
+        await self.hub.rows.join(self._base, group, channel, self._layer.group_expiry)
+
+    async def leave_shared(self, group: str, channel: str) -> None:
+        await self.hub.rows.leave(self._base, group, channel)
+
+    async def reach_normal_members(self, group: str, body: bytes | str) -> None:
+        """Hand a group's message on to the normal channels in it; full ones miss it."""
+        if isinstance(body, bytes):
+            for channel in await self.hub.rows.members(self._base, group):
+                if not await self.put_shared(channel, body):
+                    self.stats.add("dropped")

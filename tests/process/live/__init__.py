@@ -1,0 +1,1 @@
+"""A site that shows events: streams, a websocket, and a page with the JavaScript module."""
