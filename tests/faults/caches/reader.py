@@ -59,7 +59,7 @@ class Reader:
         log = ReadLog(self._folder / f"{self._name}-sync.reads")
         while not self.stopping.is_set():
             number, row = chance.randrange(len(self._ways)), chance.choice(NUMBERS)
-            if self._ways[number].in_transactions and chance.random() < IN_THE_PAST:
+            if chance.random() < IN_THE_PAST:
                 self._look_in_the_past(self._ways[number], row, chance)
             for _ in range(chance.randint(1, MOST_LOOKS)):
                 try:
