@@ -46,11 +46,15 @@ def bump(names: set[str]) -> None:
 def names_of_runs(runs: Iterable[Run]) -> set[str]:
     """What the events of ``runs`` invalidate; nothing where nobody on this node asks for it."""
     runs = list(runs)
-    if not runs or not is_in_use():
-        return set()
-    for run in runs:
-        run.told = True
-    return names_of_events(event for run in runs for event in (*run.sent, *run.events))
+    try:
+        if not runs or not is_in_use():
+            return set()
+        for run in runs:
+            run.told = True
+        return names_of_events(event for run in runs for event in (*run.sent, *run.events))
+    except Exception:  # a commit must not fail for its caches
+        logger.exception("What a commit invalidates cannot be told, so everything is")
+        return {EVERYTHING}
 
 
 def names_of_events(events: Iterable[Noted]) -> set[str]:
