@@ -16,7 +16,9 @@ from django.core.cache.backends.base import DEFAULT_TIMEOUT
 from ..epochs.table import Lease, Snapshot
 from .frozen import Frozen, afreeze
 from .level import MISSING
+from .loading import Place, aload
 from .near_sync import SyncNear, names_of_tags
+from .shelf import Shelf
 from .stored import wrap
 
 
@@ -180,8 +182,6 @@ class NearCache(SyncNear):
         tags: Iterable[str] = (),
     ) -> Any:
         """As :meth:`get_or_set`; ``default`` may be async."""
-        from .loading import Place, aload
-        from .shelf import Shelf
 
         async def loader() -> Any:
             value = default() if callable(default) else default

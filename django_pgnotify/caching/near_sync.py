@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 from pickle import loads
-from typing import Any, cast
+from typing import Any
 
 from django.core.cache import caches
 from django.core.cache.backends.base import DEFAULT_TIMEOUT, BaseCache
@@ -25,20 +25,20 @@ from ..epochs.mapped import HEARTBEAT
 from ..epochs.names import check_tags, tag_name
 from ..epochs.table import Lease, Snapshot
 from . import leases
+from .epoch_cache import EpochCache
 from .frozen import FLAT, PLAIN, Frozen, freeze
 from .leases import MissLease, current_load
 from .level import MISSING, NearLevel
+from .loading import Place, load
 from .options import NearOptions
+from .shelf import Shelf
 from .store import NEVER, expiry
 from .stored import wrap
 from .transactions import in_transaction, publish
 
 
-class SyncNear(BaseCache):
+class SyncNear(EpochCache):
     """See ``NearCache``."""
-
-    uses_epochs = True
-    """Has ``pglisten`` keep the epoch table."""
 
     def __init__(self, location: str, params: dict[str, Any]) -> None:
         options = NearOptions.of(params)
@@ -329,10 +329,7 @@ class SyncNear(BaseCache):
         As ``cached`` promises: one thread of a process calls it, and what it reads from caches is
         what the value depends on.
         """
-        from .loading import Place, load
-        from .shelf import Shelf
-
-        place = Place(Shelf("", cast("Any", self)), key, version, timeout, names_of_tags(tags))
+        place = Place(Shelf("", self), key, version, timeout, names_of_tags(tags))
         return load(place, default if callable(default) else lambda: default)
 
     # -- for cached() and its kin -----------------------------------------------------------------
