@@ -47,7 +47,8 @@ class NearLevel:
     def is_bypassed(self) -> bool:
         """Whether nothing can be known of what is cached: the heartbeat is too old."""
         self._look_at_table()
-        return node_clock() - self.table.words[HEARTBEAT] > self.limit
+        table = self.table
+        return table.is_dead or node_clock() - table.words[HEARTBEAT] > self.limit
 
     def _look_at_table(self) -> None:
         self.table = current_table()
@@ -89,8 +90,9 @@ class NearLevel:
         Args:
             used_up: whether the look before it has left a lease, which is no more needed then.
         """
-        found = None if stored is None else unwrap(stored, self.table)
-        if found is None or self.is_bypassed:
+        bypassed = self.is_bypassed  # before the epochs are read
+        found = None if stored is None or bypassed else unwrap(stored, self.table)
+        if found is None:
             return MISSING
         if used_up:
             leases.take(self.space, full)

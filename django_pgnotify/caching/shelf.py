@@ -160,4 +160,6 @@ def _name_of(backend: Any, alias: str, key: str, version: int | None) -> str:
 
 def _is_bypassed(table: EpochTable) -> bool:
     limit = conf.MAX_STALENESS
+    if table.is_dead:
+        return True
     return limit is not None and node_clock() - table.words[HEARTBEAT] > limit * NANOSECONDS
