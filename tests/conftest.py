@@ -15,6 +15,7 @@ thread's. So an async test that touches the database is marked
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +72,17 @@ def _executor_connections() -> Iterator[None]:
     executor = SyncToAsync.single_thread_executor
     if executor._threads:
         executor.submit(connections.close_all).result()
+
+
+@pytest.fixture(autouse=True)
+def _no_epoch_table_left() -> Iterator[None]:
+    """Remove the table that a test's caches have made where no setting says where."""
+    yield
+    from django_pgnotify.epochs.node import table_path
+
+    if (path := table_path()) is not None and os.path.exists(path):
+        Path(path).unlink(missing_ok=True)
+        shutil.rmtree(f"{path}.counts", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

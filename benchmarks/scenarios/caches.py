@@ -27,6 +27,9 @@ from benchmarks.shop.receivers import KEYED, TAGGED
 from django_pgnotify import publish_many
 from tests import redis_server
 
+CACHING = {"BENCHMARK_CACHES": "1"}
+"""In the environment of each process of a node."""
+
 HIT = Metric("", "µs a hit")
 P50 = Metric("p50", "ms")
 P99 = Metric("p99", "ms")
@@ -55,7 +58,7 @@ class Program:
     def __init__(self, alias: str, *arguments: str, environ: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.caching", *arguments],
-            env={**os.environ, "BENCHMARK_DATABASE": alias, **environ},
+            env={**os.environ, "BENCHMARK_DATABASE": alias, **CACHING, **environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -116,7 +119,7 @@ class Node:
         """The alias of the database."""
         if self._users == 0:
             self._alias = self._stack.enter_context(database())
-            listener = listeners.pglisten(self._alias, environ={"BENCHMARK_CACHES": "1"})
+            listener = listeners.pglisten(self._alias, environ=CACHING)
             self._stack.enter_context(listener)
         self._users += 1
         try:
@@ -150,7 +153,7 @@ def seen_everywhere(kind: str, own: bool, commits: int) -> Iterator[Measure]:
     with ExitStack() as stack:
         environ = stack.enter_context(redis_environ(kind == "redis"))
         alias = stack.enter_context(database())
-        caches = {"BENCHMARK_CACHES": "1", **environ}
+        caches = {**CACHING, **environ}
         stack.enter_context(listeners.pglisten(alias, environ=caches))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgnotify-bench-")))
         # A node is its epoch table: a writer elsewhere has another one.
@@ -187,7 +190,7 @@ def through_pglisten(kind: str, count: int) -> Iterator[Measure]:
     with ExitStack() as stack:
         environ = stack.enter_context(redis_environ(kind == "redis"))
         alias = stack.enter_context(database())
-        caches = {"BENCHMARK_CACHES": "1", **environ}
+        caches = {**CACHING, **environ}
         stack.enter_context(listeners.pglisten(alias, environ=caches))
         made = stack.enter_context(LAST[kind](alias, environ))
         topic, number = (TAGGED if kind == "near" else KEYED), 0

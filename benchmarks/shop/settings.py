@@ -5,8 +5,8 @@ alias for each variant that it measures beside the others. The app of a peer is 
 listener, and for the driver, which makes its tables and saves its rows. ``BENCHMARK_SETTINGS`` are
 switched on. msgspec counts as not installed, unless ``BENCHMARK_FAST`` is set.
 
-Each database has an epoch table, so the processes of one database are a node, and the driver is
-another.
+With ``BENCHMARK_CACHES`` a database has an epoch table in ``BENCHMARK_FOLDER``, so the processes
+with the same two are a node.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import tempfile
 from typing import Any
 
 HOST = "127.0.0.1"
@@ -39,18 +38,17 @@ DATABASES = {"default": _entry(_DATABASE or TEMPLATE)}
 if _DATABASE is None:
     DATABASES |= {alias: _entry(alias) for alias in ALIASES}
 
-_FOLDER = os.environ.get("BENCHMARK_FOLDER", tempfile.gettempdir())
-PGNOTIFY_EPOCH_TABLE = os.path.join(_FOLDER, f"epochs-of-{_DATABASE or TEMPLATE}")
 _CORE = "django.core.cache.backends"
-CACHES = {
-    "default": {"BACKEND": f"{_CORE}.locmem.LocMemCache"},
-    "near": {"BACKEND": "django_pgnotify.caching.NearCache"},
-}
-if "BENCHMARK_REDIS" in os.environ:
-    CACHES["redis"] = {
-        "BACKEND": f"{_CORE}.redis.RedisCache",
-        "LOCATION": os.environ["BENCHMARK_REDIS"],
-    }
+CACHES = {"default": {"BACKEND": f"{_CORE}.locmem.LocMemCache"}}
+if "BENCHMARK_CACHES" in os.environ:
+    # Only where caches are measured: a table in use costs publishers a little.
+    PGNOTIFY_EPOCH_TABLE = os.path.join(os.environ["BENCHMARK_FOLDER"], f"epochs-of-{_DATABASE}")
+    CACHES["near"] = {"BACKEND": "django_pgnotify.caching.NearCache"}
+    if "BENCHMARK_REDIS" in os.environ:
+        CACHES["redis"] = {
+            "BACKEND": f"{_CORE}.redis.RedisCache",
+            "LOCATION": os.environ["BENCHMARK_REDIS"],
+        }
 
 SECRET_KEY = "of the benchmarks only"
 USE_TZ = True

@@ -55,6 +55,11 @@ def take(space: str, key: str) -> MissLease | None:
     return None
 
 
+def has(space: str, key: str) -> bool:
+    """Whether this context has a lease of a key."""
+    return any(one.key == key and one.space == space for one in _missed.get())
+
+
 def forget(space: str, keys: Iterable[str] | None = None) -> None:
     """This context has changed these keys itself, or all: what it sets next is no fill."""
     missed = _missed.get()

@@ -18,7 +18,7 @@ from ..epochs.table import EpochTable, Lease, Snapshot
 from . import leases
 from .feeding import announce, current_table
 from .frozen import Frozen
-from .leases import current_load
+from .leases import MissLease, current_load
 from .options import NearOptions
 from .store import Entry, expiry, store_of
 from .stored import unwrap
@@ -47,7 +47,8 @@ class NearLevel:
     def is_bypassed(self) -> bool:
         """Whether nothing can be known of what is cached: the heartbeat is too old."""
         self._look_at_table()
-        return node_clock() - self.table.words[HEARTBEAT] > self.limit
+        table = self.table
+        return table.is_dead or node_clock() - table.words[HEARTBEAT] > self.limit
 
     def _look_at_table(self) -> None:
         self.table = current_table()
@@ -83,12 +84,18 @@ class NearLevel:
             return found
         return None
 
-    def promote(self, full: str, stored: Any) -> Any:
-        """Take what the second level had under a key; MISSING where that does not count."""
-        found = None if stored is None else unwrap(stored, self.table)
-        if found is None or self.is_bypassed:
+    def promote(self, full: str, stored: Any, *, used_up: bool = True) -> Any:
+        """Take what the second level had under a key; MISSING where that does not count.
+
+        Args:
+            used_up: whether the look before it has left a lease, which is no more needed then.
+        """
+        bypassed = self.is_bypassed  # before the epochs are read
+        found = None if stored is None or bypassed else unwrap(stored, self.table)
+        if found is None:
             return MISSING
-        leases.take(self.space, full)  # the miss in front of it
+        if used_up:
+            leases.take(self.space, full)
         tags = _tags(found.snapshot)
         rest = None if found.expires is None else found.expires - time.time()
         self._put(full, found.value, expiry(rest), found.snapshot)
@@ -98,19 +105,32 @@ class NearLevel:
 
     # -- storing --------------------------------------------------------------------------------
 
+    def take_miss(self, full: str, seconds: float | None) -> MissLease | None:
+        """The miss that a ``set`` of this key would fill in this context, used up by it."""
+        miss = leases.take(self.space, full)
+        return None if seconds is not None and seconds <= 0 else miss
+
+    def has_miss(self, full: str) -> bool:
+        return leases.has(self.space, full)
+
     def set(
-        self, full: str, value: Frozen, seconds: float | None, extra: tuple[str, ...]
+        self,
+        full: str,
+        value: Frozen,
+        seconds: float | None,
+        extra: tuple[str, ...],
+        miss: MissLease | None,
     ) -> Snapshot | None:
         """Store a value, as the fill of the miss before it or as a change.
 
         Args:
             seconds: until it expires; None for never, 0 or less for a value that is gone at once.
             extra: names that it depends on beside its key.
+            miss: what :meth:`take_miss` has returned.
 
         Returns:
             What it is stored under; None where it is not, being gone or stale already.
         """
-        miss = leases.take(self.space, full)
         if seconds is not None and seconds <= 0:
             self.change([full])
             return None

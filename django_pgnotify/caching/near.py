@@ -1,40 +1,28 @@
 """``NearCache``: a Django cache in the memory of the process, checked at every hit.
 
-A hit is one look-up in a dictionary and a comparison of the epochs that the value was loaded under
-with those of the node's table. With ``SECOND_LEVEL`` a miss asks another cache, which is judged in
-the same way, and what is stored is stored there too.
-
-``set`` after a miss of the same key is a *fill*: it tells what the source said, so copies that
-other processes hold stay as good as they were. Every other ``set``, and ``delete``, ``touch``,
-``incr`` and ``clear``, is a change, and what other processes of the node hold of that key ends with
-it.
+Its sync half is ``near_sync``. The async half does the same beside it: what is near is in memory
+and done at once, and only the second level is awaited.
 """
 
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Iterable, Mapping
-from pickle import loads
 from typing import Any
 
-from django.core.cache import caches
-from django.core.cache.backends.base import DEFAULT_TIMEOUT, BaseCache
+from asgiref.sync import sync_to_async
+from django.core.cache.backends.base import DEFAULT_TIMEOUT
 
-from ..epochs.clock import NANOSECONDS, node_clock
-from ..epochs.mapped import HEARTBEAT
-from ..epochs.names import check_tags, tag_name
 from ..epochs.table import Lease, Snapshot
-from . import leases
-from .frozen import FLAT, PLAIN, Frozen, afreeze, freeze
-from .leases import current_load
-from .level import MISSING, NearLevel
-from .options import NearOptions
-from .store import NEVER, expiry
+from .frozen import Frozen, afreeze
+from .level import MISSING
+from .loading import Place, aload
+from .near_sync import SyncNear, names_of_tags
+from .shelf import Shelf
 from .stored import wrap
 
 
-class NearCache(BaseCache):
+class NearCache(SyncNear):
     """A cache backend: ``"BACKEND": "django_pgnotify.caching.NearCache"``.
 
     ``LOCATION`` names the store, as with LocMemCache: aliases with the same one share entries.
@@ -50,62 +38,6 @@ class NearCache(BaseCache):
         together does not expire together. Default: 0.
     """
 
-    uses_epochs = True
-    """Has ``pglisten`` keep the epoch table."""
-
-    def __init__(self, location: str, params: dict[str, Any]) -> None:
-        options = NearOptions.of(params)
-        super().__init__(options.params)
-        self.level = NearLevel(
-            location or "",
-            options._replace(
-                max_entries=self._max_entries,
-                cull_frequency=self._cull_frequency,
-            ),
-        )
-        self._entries = self.level.store.entries
-
-    @property
-    def second_level(self) -> BaseCache | None:
-        """The cache that is asked on a miss, None where there is none."""
-        alias = self.level.options.second_level
-        return None if alias is None else caches[alias]
-
-    def stats(self) -> dict[str, Any]:
-        """Counts of this store in this process: hits, misses, stale, bypassed, …, and by tag."""
-        return self.level.store.counts()
-
-    # -- reading --------------------------------------------------------------------------------
-
-    def get(self, key: Any, default: Any = None, version: int | None = None) -> Any:
-        full = self.make_key(key, version)
-        entry = self._entries.get(full)
-        if entry is not None:
-            level = self.level
-            table = level.table
-            words = table.words
-            # In this order: what the heartbeat proves was applied before the epochs are read.
-            now = node_clock()
-            if (
-                now < entry.expires
-                and now < table.checked_until
-                and now - words[HEARTBEAT] <= level.limit
-                and entry.read(words) == entry.epochs
-            ):
-                entry.hits += 1
-                load = current_load()
-                if load is not None:
-                    load.add(entry.snapshot.names, entry.snapshot.at)
-                kind, payload = entry.kind, entry.payload
-                if kind is PLAIN:
-                    return payload
-                return payload.copy() if kind is FLAT else loads(payload)
-        found = self._look(full)
-        second = self.second_level if found is MISSING else None
-        if second is not None and not self.level.is_bypassed:
-            found = self.level.promote(full, second.get(full))
-        return default if found is MISSING else found
-
     async def aget(self, key: Any, default: Any = None, version: int | None = None) -> Any:
         full = self.make_key(key, version)
         found = self._look(full)
@@ -114,13 +46,6 @@ class NearCache(BaseCache):
             found = self.level.promote(full, await second.aget(full))
         return default if found is MISSING else found
 
-    def get_many(self, keys: Iterable[Any], version: int | None = None) -> dict[Any, Any]:
-        found, missed = self._look_for_many(keys, version)
-        second = self.second_level if missed else None
-        if second is not None and not self.level.is_bypassed:
-            found |= self._promote_many(missed, second.get_many(list(missed)))
-        return found
-
     async def aget_many(self, keys: Iterable[Any], version: int | None = None) -> dict[Any, Any]:
         found, missed = self._look_for_many(keys, version)
         second = self.second_level if missed else None
@@ -128,49 +53,8 @@ class NearCache(BaseCache):
             found |= self._promote_many(missed, await second.aget_many(list(missed)))
         return found
 
-    def has_key(self, key: Any, version: int | None = None) -> bool:
-        return self.get(key, MISSING, version) is not MISSING
-
     async def ahas_key(self, key: Any, version: int | None = None) -> bool:
         return await self.aget(key, MISSING, version) is not MISSING
-
-    def _look(self, full: str) -> Any:
-        self.validate_key(full)
-        return self.level.look(full)
-
-    def _look_for_many(
-        self, keys: Iterable[Any], version: int | None
-    ) -> tuple[dict[Any, Any], dict[str, Any]]:
-        """What is near, and of what is not the full keys with the caller's."""
-        found, missed = {}, {}
-        for key in keys:
-            full = self.make_key(key, version)
-            value = self._look(full)
-            if value is MISSING:
-                missed[full] = key
-            else:
-                found[key] = value
-        return found, missed
-
-    def _promote_many(self, missed: dict[str, Any], stored: Mapping[str, Any]) -> dict[Any, Any]:
-        values = {key: self.level.promote(full, stored.get(full)) for full, key in missed.items()}
-        return {key: value for key, value in values.items() if value is not MISSING}
-
-    # -- storing --------------------------------------------------------------------------------
-
-    def set(
-        self,
-        key: Any,
-        value: Any,
-        timeout: Any = DEFAULT_TIMEOUT,
-        version: int | None = None,
-        *,
-        tags: Iterable[str] = (),
-    ) -> None:
-        """Store a value. ``tags`` name what else it depends on, see ``invalidate_tags``."""
-        full, frozen = self.make_and_validate_key(key, version), freeze(value)
-        seconds = self._seconds(timeout)
-        self._write(full, frozen, seconds, self.level.set(full, frozen, seconds, _names(tags)))
 
     async def aset(
         self,
@@ -182,16 +66,16 @@ class NearCache(BaseCache):
         tags: Iterable[str] = (),
     ) -> None:
         full, frozen = self.make_and_validate_key(key, version), await afreeze(value)
-        seconds = self._seconds(timeout)
-        snapshot = self.level.set(full, frozen, seconds, _names(tags))
-        await self._awrite(full, frozen, seconds, snapshot)
+        seconds, extra = self._seconds(timeout), names_of_tags(tags)
+        miss = self.level.take_miss(full, seconds)
+        if not await self._afill_in_transaction(full, frozen, seconds, extra, miss):
+            snapshot = self.level.set(full, frozen, seconds, extra, miss)
+            await self._awrite(full, frozen, seconds, snapshot)
 
-    def _write(
-        self, full: str, value: Frozen, seconds: float | None, snapshot: Snapshot | None
-    ) -> None:
-        second = self.second_level
-        if second is not None and snapshot is not None:
-            second.set(full, wrap(value, snapshot, seconds), seconds)
+    async def _afill_in_transaction(self, *fill: Any) -> bool:
+        # A transaction around async code is that of the thread which runs sync code.
+        *_, miss = fill
+        return miss is not None and await sync_to_async(self._fill_in_transaction)(*fill)
 
     async def _awrite(
         self, full: str, value: Frozen, seconds: float | None, snapshot: Snapshot | None
@@ -199,21 +83,6 @@ class NearCache(BaseCache):
         second = self.second_level
         if second is not None and snapshot is not None:
             await second.aset(full, wrap(value, snapshot, seconds), seconds)
-
-    def set_many(
-        self,
-        data: Mapping[Any, Any],
-        timeout: Any = DEFAULT_TIMEOUT,
-        version: int | None = None,
-        *,
-        tags: Iterable[str] = (),
-    ) -> list[Any]:
-        frozen = {key: freeze(value) for key, value in data.items()}
-        seconds, wrapped = self._set_many_near(frozen, timeout, version, tags)
-        second = self.second_level if wrapped else None
-        if second is not None:
-            second.set_many(wrapped, seconds)
-        return []
 
     async def aset_many(
         self,
@@ -224,51 +93,15 @@ class NearCache(BaseCache):
         tags: Iterable[str] = (),
     ) -> list[Any]:
         frozen = {key: await afreeze(value) for key, value in data.items()}
-        seconds, wrapped = self._set_many_near(frozen, timeout, version, tags)
+        if any(self.level.has_miss(self.make_key(key, version)) for key in frozen):
+            many = sync_to_async(self._set_many_near)  # as for aset()
+            seconds, wrapped = await many(frozen, timeout, version, tags)
+        else:
+            seconds, wrapped = self._set_many_near(frozen, timeout, version, tags)
         second = self.second_level if wrapped else None
         if second is not None:
             await second.aset_many(wrapped, seconds)
         return []
-
-    def _set_many_near(
-        self, data: Mapping[Any, Frozen], timeout: Any, version: int | None, tags: Iterable[str]
-    ) -> tuple[float | None, dict[str, Any]]:
-        """Store values near; returns their seconds, and what the second level is to have."""
-        seconds, extra = self._seconds(timeout), _names(tags)
-        wrapped = {}
-        for key, value in data.items():
-            full = self.make_and_validate_key(key, version)
-            snapshot = self.level.set(full, value, seconds, extra)
-            if snapshot is not None and self.level.options.second_level:
-                wrapped[full] = wrap(value, snapshot, seconds)
-        return seconds, wrapped
-
-    def add(
-        self,
-        key: Any,
-        value: Any,
-        timeout: Any = DEFAULT_TIMEOUT,
-        version: int | None = None,
-        *,
-        tags: Iterable[str] = (),
-    ) -> bool:
-        full, frozen = self.make_and_validate_key(key, version), freeze(value)
-        seconds, second = self._seconds(timeout), self.second_level
-        if second is None:
-            return self._add_near(full, frozen, seconds, _names(tags))
-        if self.level.entry(full) is not None:
-            return False
-        there = second.get(full)
-        if self.level.promote(full, there) is not MISSING:
-            return False
-        snapshot = self.level.set(full, frozen, seconds, _names(tags))
-        if snapshot is None:
-            return True
-        stored = wrap(frozen, snapshot, seconds)
-        if there is not None:  # it does not count
-            second.set(full, stored, seconds)
-            return True
-        return self._added(full, second.add(full, stored, seconds))
 
     async def aadd(
         self,
@@ -280,15 +113,20 @@ class NearCache(BaseCache):
         tags: Iterable[str] = (),
     ) -> bool:
         full, frozen = self.make_and_validate_key(key, version), await afreeze(value)
-        seconds, second = self._seconds(timeout), self.second_level
+        seconds, second, extra = self._seconds(timeout), self.second_level, names_of_tags(tags)
         if second is None:
-            return self._add_near(full, frozen, seconds, _names(tags))
+            if self.level.has_miss(full):
+                return await sync_to_async(self._add_near)(full, frozen, seconds, extra)
+            return self._add_near(full, frozen, seconds, extra)
         if self.level.entry(full) is not None:
             return False
         there = await second.aget(full)
-        if self.level.promote(full, there) is not MISSING:
+        if self.level.promote(full, there, used_up=False) is not MISSING:
             return False
-        snapshot = self.level.set(full, frozen, seconds, _names(tags))
+        miss = self.level.take_miss(full, seconds)
+        if await self._afill_in_transaction(full, frozen, seconds, extra, miss):
+            return True
+        snapshot = self.level.set(full, frozen, seconds, extra, miss)
         if snapshot is None:
             return True
         stored = wrap(frozen, snapshot, seconds)
@@ -296,30 +134,6 @@ class NearCache(BaseCache):
             await second.aset(full, stored, seconds)
             return True
         return self._added(full, await second.aadd(full, stored, seconds))
-
-    def _add_near(
-        self, full: str, value: Frozen, seconds: float | None, extra: tuple[str, ...]
-    ) -> bool:
-        with self.level.store.changing:
-            if self.level.entry(full) is not None:
-                return False
-            self.level.set(full, value, seconds, extra)
-            return True
-
-    def _added(self, full: str, added: bool) -> bool:
-        if not added:
-            self.level.store.drop(full)  # somebody else's is there
-        return added
-
-    # -- changing -------------------------------------------------------------------------------
-
-    def touch(self, key: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> bool:
-        full = self.make_and_validate_key(key, version)
-        if self.get(key, MISSING, version) is MISSING:
-            return False
-        frozen, seconds, snapshot = self._touch_near(full, self._seconds(timeout))
-        self._write(full, frozen, seconds, snapshot)
-        return True
 
     async def atouch(
         self, key: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None
@@ -331,25 +145,6 @@ class NearCache(BaseCache):
         await self._awrite(full, frozen, seconds, snapshot)
         return True
 
-    def _touch_near(
-        self, full: str, seconds: float | None
-    ) -> tuple[Frozen, float | None, Snapshot | None]:
-        with self.level.store.changing:
-            entry = self.level.entry(full)
-            if entry is None or (seconds is not None and seconds <= 0):
-                self.level.change([full])
-                return freeze(None), seconds, None
-            value = Frozen(entry.kind, entry.payload)
-            return value, seconds, self.level.derive(full, entry, value, expiry(seconds))
-
-    def incr(self, key: Any, delta: int = 1, version: int | None = None) -> Any:
-        full = self.make_and_validate_key(key, version)
-        if self.second_level is not None:
-            self.get(key, MISSING, version)  # near, if it is anywhere
-        value, frozen, seconds, snapshot = self._incr_near(full, key, delta)
-        self._write(full, frozen, seconds, snapshot)
-        return value
-
     async def aincr(self, key: Any, delta: int = 1, version: int | None = None) -> Any:
         full = self.make_and_validate_key(key, version)
         if self.second_level is not None:
@@ -358,39 +153,13 @@ class NearCache(BaseCache):
         await self._awrite(full, frozen, seconds, snapshot)
         return value
 
-    def _incr_near(
-        self, full: str, key: Any, delta: int
-    ) -> tuple[Any, Frozen, float | None, Snapshot | None]:
-        with self.level.store.changing:
-            entry = self.level.entry(full)
-            if entry is None:
-                raise ValueError(f"Key {key!r} not found")
-            value = entry.value + delta
-            frozen = freeze(value)
-            rest = (entry.until - node_clock()) / NANOSECONDS
-            seconds = None if entry.until == NEVER else rest
-            return value, frozen, seconds, self.level.derive(full, entry, frozen, entry.until)
-
     async def adecr(self, key: Any, delta: int = 1, version: int | None = None) -> Any:
         return await self.aincr(key, -delta, version)
-
-    def delete(self, key: Any, version: int | None = None) -> bool:
-        full = self.make_and_validate_key(key, version)
-        had, second = self.level.change([full]), self.second_level
-        return (second is not None and second.delete(full)) or had
 
     async def adelete(self, key: Any, version: int | None = None) -> bool:
         full = self.make_and_validate_key(key, version)
         had, second = self.level.change([full]), self.second_level
         return (second is not None and await second.adelete(full)) or had
-
-    def delete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
-        fulls = [self.make_and_validate_key(key, version) for key in keys]
-        second = self.second_level
-        if fulls:
-            self.level.change(fulls)
-            if second is not None:
-                second.delete_many(fulls)
 
     async def adelete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
         fulls = [self.make_and_validate_key(key, version) for key in keys]
@@ -400,39 +169,8 @@ class NearCache(BaseCache):
             if second is not None:
                 await second.adelete_many(fulls)
 
-    def clear(self) -> None:
-        """End all that any process of the node holds here, and that the second level has of it.
-
-        What else is in the second level's alias stays.
-        """
-        self.level.clear()
-
     async def aclear(self) -> None:
         self.level.clear()
-
-    def close(self, **kwargs: Any) -> None:
-        """The end of a request: misses that nobody filled are forgotten."""
-        leases.forget(self.level.space)
-
-    def get_or_set(
-        self,
-        key: Any,
-        default: Any,
-        timeout: Any = DEFAULT_TIMEOUT,
-        version: int | None = None,
-        *,
-        tags: Iterable[str] = (),
-    ) -> Any:
-        """The value of a key; where there is none, ``default``, called if it can be, is stored.
-
-        As ``cached`` promises: one thread of a process calls it, and what it reads from caches is
-        what the value depends on.
-        """
-        from .loading import Place, load
-        from .shelf import Shelf
-
-        place = Place(Shelf("", self), key, version, timeout, _names(tags))
-        return load(place, default if callable(default) else lambda: default)
 
     async def aget_or_set(
         self,
@@ -444,34 +182,13 @@ class NearCache(BaseCache):
         tags: Iterable[str] = (),
     ) -> Any:
         """As :meth:`get_or_set`; ``default`` may be async."""
-        from .loading import Place, aload
-        from .shelf import Shelf
 
         async def loader() -> Any:
             value = default() if callable(default) else default
             return await value if inspect.isawaitable(value) else value
 
-        place = Place(Shelf("", self), key, version, timeout, _names(tags))
+        place = Place(Shelf("", self), key, version, timeout, names_of_tags(tags))
         return await aload(place, loader)
-
-    # -- for cached() and its kin -----------------------------------------------------------------
-
-    def fill(
-        self,
-        key: str,
-        value: Any,
-        lease: Lease,
-        names: Iterable[str],
-        timeout: Any = DEFAULT_TIMEOUT,
-        version: int | None = None,
-        loaded_at: int | None = None,
-    ) -> bool:
-        """Store a value that was loaded after ``lease``; False where it may be stale already."""
-        full, seconds = self.make_and_validate_key(key, version), self._seconds(timeout)
-        frozen = freeze(value)
-        snapshot = self.level.fill(full, frozen, seconds, tuple(names), lease, loaded_at)
-        self._write(full, frozen, seconds, snapshot)
-        return snapshot is not None
 
     async def afill(
         self,
@@ -489,21 +206,3 @@ class NearCache(BaseCache):
         snapshot = self.level.fill(full, frozen, seconds, tuple(names), lease, loaded_at)
         await self._awrite(full, frozen, seconds, snapshot)
         return snapshot is not None
-
-    def forget_miss(self, key: str, version: int | None = None) -> None:
-        """The miss of ``key`` was somebody's who has a lease of their own."""
-        leases.take(self.level.space, self.make_key(key, version))
-
-    # -- what the others have in common ---------------------------------------------------------
-
-    def _seconds(self, timeout: Any) -> float | None:
-        """Seconds that a value may stay, less the jitter; None for ever."""
-        seconds = self.default_timeout if timeout == DEFAULT_TIMEOUT else timeout
-        jitter = self.level.options.jitter
-        if seconds is None or not jitter or seconds <= 0:
-            return seconds
-        return float(seconds * (1 - jitter * random.random()))
-
-
-def _names(tags: Iterable[str]) -> tuple[str, ...]:
-    return tuple(tag_name(tag) for tag in check_tags(tags)) if tags else ()

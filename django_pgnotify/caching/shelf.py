@@ -13,11 +13,11 @@ from ..epochs.clock import NANOSECONDS, node_clock
 from ..epochs.mapped import HEARTBEAT
 from ..epochs.names import key_name
 from ..epochs.table import EpochTable, Lease, Snapshot
+from .epoch_cache import EpochCache
 from .feeding import current_table
 from .frozen import PLAIN, Frozen
 from .leases import current_load
 from .level import MISSING
-from .near import NearCache
 from .reporting import count
 from .stored import unwrap, wrap
 
@@ -25,7 +25,7 @@ from .stored import unwrap, wrap
 class Shelf:
     """One cache alias, as ``cached`` and its kin use it."""
 
-    def __init__(self, alias: str, backend: NearCache | None = None) -> None:
+    def __init__(self, alias: str, backend: EpochCache | None = None) -> None:
         self.alias = alias
         self._backend = backend
 
@@ -45,7 +45,7 @@ class Shelf:
     def look(self, key: str, version: int | None = None) -> Any:
         """The value under a key if it counts, else MISSING."""
         backend = self.backend
-        if isinstance(backend, NearCache):
+        if isinstance(backend, EpochCache):
             found = backend.get(key, MISSING, version)
             if found is MISSING:
                 backend.forget_miss(key, version)
@@ -58,7 +58,7 @@ class Shelf:
     async def alook(self, key: str, version: int | None = None) -> Any:
         """As :meth:`look`."""
         backend = self.backend
-        if isinstance(backend, NearCache):
+        if isinstance(backend, EpochCache):
             found = await backend.aget(key, MISSING, version)
             if found is MISSING:
                 backend.forget_miss(key, version)
@@ -85,7 +85,7 @@ class Shelf:
             loaded_at: when the oldest part of it was loaded, where that was before the lease.
         """
         backend = self.backend
-        if isinstance(backend, NearCache):
+        if isinstance(backend, EpochCache):
             return backend.fill(key, value, lease, names, timeout, version, loaded_at)
         snapshot = self._settle(backend, key, lease, names, version, loaded_at)
         if snapshot is None:
@@ -105,7 +105,7 @@ class Shelf:
     ) -> bool:
         """As :meth:`put`."""
         backend = self.backend
-        if isinstance(backend, NearCache):
+        if isinstance(backend, EpochCache):
             return await backend.afill(key, value, lease, names, timeout, version, loaded_at)
         snapshot = self._settle(backend, key, lease, names, version, loaded_at)
         if snapshot is None:
@@ -154,10 +154,12 @@ def name_of_key(alias: str, key: str, version: int | None = None) -> str:
 
 
 def _name_of(backend: Any, alias: str, key: str, version: int | None) -> str:
-    space = backend.level.space if isinstance(backend, NearCache) else alias
+    space = backend.level.space if isinstance(backend, EpochCache) else alias
     return key_name(space, backend.make_key(key, version))
 
 
 def _is_bypassed(table: EpochTable) -> bool:
     limit = conf.MAX_STALENESS
+    if table.is_dead:
+        return True
     return limit is not None and node_clock() - table.words[HEARTBEAT] > limit * NANOSECONDS

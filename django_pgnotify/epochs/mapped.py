@@ -37,7 +37,7 @@ IS_SUPPORTED = fcntl is not None
 """Whether processes can share a table here; where not, each has its own."""
 
 MODE = 0o600
-LOCK_TIMEOUT = 5.0
+LOCK_TIMEOUT = 3.0
 """Seconds to wait for another process that is making the file."""
 
 _LOCK_PAUSE = 0.01
@@ -69,14 +69,18 @@ def map_file(path: str, slots: int, owner: int) -> Mapping:
     Raises:
         InvalidEpochTable: it cannot be made or mapped, or is not what it should be.
     """
+    try:
+        return _map_file(path, slots, owner)
+    except OSError as exc:
+        raise InvalidEpochTable(
+            f"Epoch table {path!r}: {exc.strerror or exc}; it takes {size_of(slots)} bytes."
+        ) from exc
+
+
+def _map_file(path: str, slots: int, owner: int) -> Mapping:
     with _locked(path) as fd:
         if os.fstat(fd).st_size == 0:
-            try:
-                _reserve(fd, size_of(slots))
-            except OSError as exc:
-                raise InvalidEpochTable(
-                    f"Epoch table {path!r}: {exc.strerror}; it takes {size_of(slots)} bytes."
-                ) from exc
+            _reserve(fd, size_of(slots))
         status = os.fstat(fd)
         if status.st_size < HEADER_WORDS * 8 or status.st_size % 8:
             raise _invalid(path, f"it has {status.st_size} bytes, which no table has")
@@ -109,7 +113,7 @@ def claim_writer(path: str, identity: tuple[int, int, int], words: memoryview) -
             if identity_of(os.fstat(fd)) == identity:
                 words[WRITER] += 1
                 return int(words[WRITER]) % WRITERS
-    except InvalidEpochTable:
+    except (InvalidEpochTable, OSError):
         pass  # taken away meanwhile, as whoever looks will find
     return secrets.randbelow(WRITERS)
 

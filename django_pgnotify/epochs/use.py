@@ -7,6 +7,8 @@ import time
 from typing import Any
 
 from django.conf import settings
+from django.core.signals import setting_changed
+from django.dispatch import receiver
 from django.utils.module_loading import import_string
 
 from ..conf import AUTO, conf
@@ -21,6 +23,13 @@ _LOOK_EVERY = 1.0
 _declared = False
 _looked_at = float("-inf")
 _found = False
+
+
+@receiver(setting_changed)
+def _look_again(**kwargs: Any) -> None:
+    """In tests, settings change while the process runs."""
+    global _looked_at
+    _looked_at = float("-inf")
 
 
 def declare_use() -> None:

@@ -155,7 +155,7 @@ class Intake:
                 continue
             found = events_from(
                 frame.events,
-                partial(self._report, topic, backend, len(payload)),
+                partial(self._report, topic, backend, len(payload), ours=True),
                 topic=topic,
                 source=source,
                 received_at=now,
@@ -203,7 +203,7 @@ class Intake:
                     )
                 )
             except FrameError as exc:
-                self._report(entry.topic, 0, 0, exc)
+                self._report(entry.topic, 0, 0, exc, ours=True)
         return events, sum(map(len, bodies.values()))
 
     async def _fetch_rows(self, ids: list[int]) -> dict[int, str]:
@@ -226,10 +226,13 @@ class Intake:
                     await asyncio.sleep(0.2 * attempt)
         return {}
 
-    def _report(self, topic: str, backend: int, size: int, exc: Exception) -> None:
+    def _report(
+        self, topic: str, backend: int, size: int, exc: Exception, *, ours: bool = False
+    ) -> None:
+        """Count and log what could not be read; ``ours`` says that its frame was."""
         self._stats.add("broken")
         # With signing on, what is not ours must not be able to empty caches.
-        if self._on_broken is not None and (self._verify is None or not backend):
+        if self._on_broken is not None and (ours or self._verify is None):
             self._on_broken()
         logger.warning(
             "Skipped a frame or event on topic %r from backend %d (%d bytes): %s",

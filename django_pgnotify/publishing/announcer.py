@@ -179,6 +179,8 @@ class Announcer:
     ) -> list[tuple[int, frozenset[str]]]:
         """Announce names, and those in doubt whose outcome is settled; returns the others."""
         connection = self._connection = connections[conf.DATABASE]
+        if connection.vendor != "postgresql":
+            return []  # nobody can be told, as a system check says
         connection.ensure_connection()
         if not connection.get_autocommit():
             connection.set_autocommit(True)

@@ -27,7 +27,7 @@ logger = logging.getLogger("django_pgnotify.caching")
 
 def committed(runs: Iterable[Run]) -> None:
     """The events of ``runs`` have been committed."""
-    bump(names_of_runs(runs))
+    bump(names_of_events(events_of(runs)))
 
 
 def bump(names: set[str]) -> None:
@@ -43,14 +43,20 @@ def bump(names: set[str]) -> None:
         logger.exception("The epoch table could not be bumped after a commit")
 
 
-def names_of_runs(runs: Iterable[Run]) -> set[str]:
-    """What the events of ``runs`` invalidate; nothing where nobody on this node asks for it."""
+def events_of(runs: Iterable[Run]) -> list[Noted]:
+    """The events of ``runs``, to be looked at once they are committed.
+
+    None where nobody on this node asks for what they invalidate.
+    """
     runs = list(runs)
-    if not runs or not is_in_use():
-        return set()
+    try:
+        if not runs or not is_in_use():
+            return []
+    except Exception:  # a commit must not fail for its caches
+        logger.exception("Whether anybody depends on the epoch table cannot be told")
     for run in runs:
         run.told = True
-    return names_of_events(event for run in runs for event in (*run.sent, *run.events))
+    return [event for run in runs for event in (*run.sent, *run.events)]
 
 
 def names_of_events(events: Iterable[Noted]) -> set[str]:

@@ -19,18 +19,16 @@ from django.db.models.signals import (
 )
 
 from ..conf import conf
-from ..epochs.use import is_in_use
 from ..events import MODEL_ACTIONS, Action, Delivery, check_actions, check_delivery, check_topic
 from ..exceptions import InvalidArgument, PgNotifyError, UnsupportedDatabase
 from ..registry import Publication, is_model, model_label, registry
 from ..wire import Outgoing
 from . import changes
-from .committed import names_of_events
+from .doubt import save_failed
 from .publisher import deliver, outside_transaction
 from .quiet import is_quiet
 from .row_event import RowEvent, report_change
 from .sender import postgres_connection
-from .unsent import in_doubt
 
 logger = logging.getLogger("django_pgnotify.publishing")
 
@@ -38,7 +36,6 @@ M = TypeVar("M", bound=type[Model])
 
 _UID = "django_pgnotify"
 _CLEARED = "pgnotify_cleared"
-_SAVES: tuple[Action, ...] = ("created", "updated")
 
 _abstract: dict[type[Model], dict[str, Any]] = {}
 _inherited: set[str] = set()
@@ -195,21 +192,10 @@ def _make_saves_atomic(sender: type[Model]) -> None:
         try:
             save_base(self, raw, force_insert, force_update, using, update_fields)
         except DatabaseError:
-            # In a transaction nothing was committed yet.
-            if outside_transaction(connections[using]) and is_in_use():
-                in_doubt(_names_of(self), connections[using])
+            save_failed(self, _publications_of(sender), connections[using])
             raise
 
     sender.save_base = atomic_save_base  # type: ignore[method-assign, assignment]
-
-
-def _names_of(instance: Model) -> set[str]:
-    """What the change of a row invalidates that may or may not have been made."""
-    events = []
-    for publication in _publications_of(type(instance)):
-        pk = None if instance.pk is None else changes.plain_pk(publication.model, instance)
-        events += [RowEvent(publication, action, pk, {}, None) for action in _SAVES]
-    return names_of_events(events)
 
 
 def _is_logged(sender: type[Model]) -> bool:

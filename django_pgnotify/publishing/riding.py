@@ -19,7 +19,7 @@ from ..epochs.use import is_in_use
 from ..stats import publishing_stats
 from ..wire import Outgoing
 from .buffer import FIRST_PORTION, CommitBuffer, Run, encoded, runs_of
-from .committed import bump, names_of_events, names_of_runs
+from .committed import bump, events_of, names_of_events
 from .sender import is_default_transport, packer_in_use
 from .statement import FRAMES_PER_STATEMENT, Frame, can_ride, commit_and_notify
 from .unsent import in_doubt, report_unsent
@@ -38,20 +38,20 @@ def let_events_ride(connection: BaseDatabaseWrapper, buffer: CommitBuffer) -> No
         if runs and _is_rolled_back(connection):
             for run in runs:
                 run.events, run.sent = [], []
-        names = names_of_runs(runs)
+        # Only looked at when the locks are gone.
+        events = events_of(runs)
         if buffer.by_hand:
-            if is_in_use():
-                names |= names_of_events(buffer.by_hand)
+            events += buffer.by_hand if is_in_use() else ()
             buffer.by_hand = []
-        if not names:
+        if not events:
             commit_runs(runs)
             return
         try:
             commit_runs(runs)
         except BaseException:
-            in_doubt(names, connection)
+            in_doubt(names_of_events(events), connection)
             raise
-        bump(names)
+        bump(names_of_events(events))
 
     def commit_runs(runs: list[Run]) -> None:
         riders = _riders(runs, connection) if runs else []

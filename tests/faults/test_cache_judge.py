@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.caches import records
+from tests.faults.caches import records, run, sabotage
 from tests.faults.caches.judge import Applied, Verdict, chains, judge
 from tests.faults.caches.records import (
     COMMITTED,
@@ -154,3 +154,7 @@ def test_records_are_read_back_and_the_last_note_of_a_write_counts(tmp_path: Pat
     with (tmp_path / "one.reads").open("ab") as file:
         file.write(b"cut short")
     assert list(records.reads(tmp_path / "one.reads")) == looks
+
+
+def test_the_command_line_names_every_safeguard_that_can_be_taken_away() -> None:
+    assert set(run.SABOTAGES) == set(sabotage.SABOTAGES)

@@ -473,6 +473,82 @@ def test_a_transaction_that_only_reads_stores_at_once(alias: str) -> None:
         assert seen_by_others(alias, "orders") == 0
 
 
+def fill_with_set(backend: NearCache) -> Any:
+    """The everyday idiom."""
+    found = backend.get("orders")
+    if found is None:
+        found = Order.objects.count()
+        backend.set("orders", found)
+    return found
+
+
+def fill_with_add(backend: NearCache) -> Any:
+    found = backend.get("orders")
+    if found is None:
+        found = Order.objects.count()
+        assert backend.add("orders", found)
+    return found
+
+
+def fill_with_set_many(backend: NearCache) -> Any:
+    found = backend.get_many(["orders"])
+    if not found:
+        found = {"orders": Order.objects.count()}
+        backend.set_many(found)
+    return found["orders"]
+
+
+def fill_with_aset(backend: NearCache) -> Any:
+    async def fill() -> Any:
+        found = await backend.aget("orders")
+        if found is None:
+            found = await Order.objects.acount()
+            await backend.aset("orders", found)
+        return found
+
+    return async_to_sync(fill)()
+
+
+@pytest.mark.parametrize("fill", [fill_with_set, fill_with_add, fill_with_set_many, fill_with_aset])
+@pytest.mark.parametrize("name", ["near", "layered"])
+def test_a_fill_by_hand_in_a_transaction_is_seen_with_its_commit_and_not_without(
+    name: str, fill: Callable[[NearCache], Any]
+) -> None:
+    backend = caches[name]
+    assert isinstance(backend, NearCache)
+    with rolled_back():
+        Order.objects.bulk_create([Order()])
+        assert fill(backend) == 1
+        assert seen_by_others(name, "orders") is MISSING
+    assert lookup(name, "orders") is MISSING
+    with transaction.atomic():
+        Order.objects.bulk_create([Order()])
+        assert fill(backend) == 1
+        assert seen_by_others(name, "orders") is MISSING
+    assert seen_by_others(name, "orders") == 1
+    backend.clear()
+    with transaction.atomic():
+        assert fill(backend) == 1
+        assert seen_by_others(name, "orders") == 1, "it has only read"
+    backend.clear()
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            cursor.execute("SELECT count(*) FROM testapp_order")
+        in_threads(1, Order.objects.create)
+        assert fill(backend) == 1
+    assert fill(backend) == 2
+
+
+def test_a_set_that_is_a_change_is_made_at_once_in_a_transaction_too() -> None:
+    near = caches["near"]
+    with rolled_back():
+        Order.objects.bulk_create([Order()])
+        near.set("progress", 50)
+        assert seen_by_others("near", "progress") == 50
+    assert near.get("progress") == 50
+
+
 def test_what_was_read_from_a_snapshot_is_not_stored(alias: str) -> None:
     """Its first statement fixed what it sees: changes since then are behind no lease."""
     with transaction.atomic():

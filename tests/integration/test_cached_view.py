@@ -30,7 +30,7 @@ from django_pgnotify.caching import cached, cached_view, flights, invalidate_tag
 from django_pgnotify.exceptions import InvalidArgument
 from django_pgnotify.registry import Registry
 from tests.integration.caching import near_caches, until
-from tests.testapp.models import Article, Order, Tag
+from tests.testapp.models import Article, Audited, Order, Tag
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -553,6 +553,7 @@ async def test_an_async_view_is_kept_under_an_async_server() -> None:
         ({"timeout": 60, "tags": [""]}, "tags= takes a list of non-empty"),
         ({"timeout": 60, "vary": "Cookie"}, "vary= takes a list"),
         ({"timeout": 60, "depends_on": [Tag]}, "publishes no changes"),
+        ({"timeout": 60, "depends_on": [Audited]}, "updated"),
         ({"timeout": 60, "depends_on": ["shop.Nothing"]}, "shop.Nothing"),
     ],
     ids=lambda value: str(value)[:40],

@@ -423,6 +423,10 @@ def test_a_table_that_cannot_be_used_is_an_empty_cache_and_one_error(
         strict.set("a", 1)
         assert strict.get("a") is None
         assert strict.get_or_set("a", lambda: 2) == 2
+        careless = NearCache("broken", {"OPTIONS": {"MAX_STALENESS": None}})
+        careless.set("a", 1)
+        assert careless.get("a") is None, "nobody could tell this process of a change"
+        assert node_table().bump(["a"]) > 0
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "broken" in caplog.text
 

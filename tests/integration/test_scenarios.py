@@ -14,6 +14,7 @@ from django.db import connections, transaction
 from pytest_django import Settings
 
 from django_pgnotify import Event, publish, receiver, subscribe
+from django_pgnotify.epochs import use
 from django_pgnotify.listening.background import background_listener, stop_all
 from django_pgnotify.listening.connection import ListenConnection, Notification
 from django_pgnotify.listening.listener import Listener
@@ -386,8 +387,11 @@ def test_many_components_on_one_topic_are_one_listen_and_the_last_to_leave_one_u
 
 
 def test_many_receivers_of_one_topic_are_one_listen_on_one_connection(
-    statements: list[str],
+    statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Caches, which other tests of this process may have used, would have all models listened to.
+    monkeypatch.setattr(use, "_declared", False)
+    monkeypatch.setattr(use, "_looked_at", float("-inf"))
     recorders = [Recorder() for _ in range(20)]
     for number, recorder in enumerate(recorders):
         receiver(["shared", f"own{number}"], dispatch_uid=str(number))(recorder)

@@ -59,7 +59,7 @@ class Reader:
         log = ReadLog(self._folder / f"{self._name}-sync.reads")
         while not self.stopping.is_set():
             number, row = chance.randrange(len(self._ways)), chance.choice(NUMBERS)
-            if self._ways[number].in_transactions and chance.random() < IN_THE_PAST:
+            if chance.random() < IN_THE_PAST:
                 self._look_in_the_past(self._ways[number], row, chance)
             for _ in range(chance.randint(1, MOST_LOOKS)):
                 try:
@@ -137,8 +137,8 @@ def fork_readers(count: int, name: str, seed: str, folder: Path, ways: list[Way]
             _read_until_terminated(Reader(name, seed, folder, ways))
             os._exit(0)
         children.append(pid)
-    print("reading", flush=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    print("reading", flush=True)
     signal.sigwait({signal.SIGTERM})
     for pid in children:
         os.kill(pid, signal.SIGTERM)
@@ -148,10 +148,11 @@ def fork_readers(count: int, name: str, seed: str, folder: Path, ways: list[Way]
 
 
 def read_here(name: str, seed: str, folder: Path, ways: list[Way]) -> None:
-    print("reading", flush=True)
-    _read_until_terminated(Reader(name, seed, folder, ways))
+    _read_until_terminated(Reader(name, seed, folder, ways), "reading")
 
 
-def _read_until_terminated(reader: Reader) -> None:
+def _read_until_terminated(reader: Reader, announcement: str = "") -> None:
     signal.signal(signal.SIGTERM, lambda *_: reader.stopping.set())
+    if announcement:
+        print(announcement, flush=True)
     reader.run()

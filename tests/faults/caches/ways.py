@@ -43,8 +43,8 @@ class Way:
     name: str
     read: Callable[[int], int]
     aread: Callable[[int], Awaitable[int]] | None = None
-    in_transactions: bool = True
-    """Whether it may be used where what is loaded is not what others are to see."""
+    sees_own_changes: bool = True
+    """Whether a transaction reads what it has written itself."""
 
 
 def row_tag(row: int) -> str:
@@ -144,7 +144,7 @@ def _idiom(name: str, alias: str) -> Way:
             await cache.aset(key, stamp, tags=[row_tag(row)])
         return int(stamp)
 
-    return Way(name, look_up, alook_up, in_transactions=False)
+    return Way(name, look_up, alook_up, sees_own_changes=False)
 
 
 def _many(name: str, alias: str) -> Way:
@@ -158,7 +158,7 @@ def _many(name: str, alias: str) -> Way:
             cache.set_many(found, tags=[row_tag(row)])
         return int(found[key])
 
-    return Way(name, look_up, in_transactions=False)
+    return Way(name, look_up, sees_own_changes=False)
 
 
 def _nested(name: str, alias: str) -> Way:
@@ -202,7 +202,7 @@ def _naive(name: str, alias: str) -> Way:
             cache.set(key, stamp)
         return int(stamp)
 
-    return Way(name, look_up)
+    return Way(name, look_up, sees_own_changes=False)
 
 
 # -- which there are -------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class Writer:
             for row in self._some(3):
                 attempt.write(row)
                 if self._random.random() < 0.3:
-                    self._read_inside(row)
+                    self._read_inside(row, attempt)
 
     def _savepoints(self) -> None:
         with self._transaction() as attempt:
@@ -109,7 +109,7 @@ class Writer:
                 try:
                     with transaction.atomic():
                         attempt.write(row)
-                        self._read_inside(row)
+                        self._read_inside(row, attempt)
                         if self._random.random() < 0.4:
                             raise _OnPurpose
                 except _OnPurpose:
@@ -120,7 +120,7 @@ class Writer:
             with self._transaction() as attempt:
                 for row in self._some(2):
                     attempt.write(row)
-                    self._read_inside(row)
+                    self._read_inside(row, attempt)
                 raise _OnPurpose
         except _OnPurpose:
             self._look(attempt)
@@ -158,11 +158,15 @@ class Writer:
     def _some_ways(self, count: int) -> list[tuple[int, Way]]:
         return self._random.sample(list(enumerate(self._ways)), min(count, len(self._ways)))
 
-    def _read_inside(self, row: int) -> None:
+    def _read_inside(self, row: int, attempt: Attempt) -> None:
         """What is loaded here has not been committed, and nobody else may get to see it."""
         for _, way in self._some_ways(4):
-            if way.in_transactions:
-                way.read(row)
+            stamp = way.read(row)
+            if way.sees_own_changes and stamp != attempt.last_stamp:
+                raise RuntimeError(
+                    f"row {row} by {way.name!r}: the transaction wrote {attempt.last_stamp} and "
+                    f"reads {stamp}"
+                )
 
     def _look(self, attempt: Attempt) -> None:
         """Read at once what was written."""
@@ -182,6 +186,10 @@ class Attempt:
     @property
     def rows(self) -> list[int]:
         return [row for *_, row in self._written]
+
+    @property
+    def last_stamp(self) -> int:
+        return self._written[-1][0]
 
     def forget(self, kept: int) -> None:
         """A savepoint was rolled back; those rows are others' to write once we have ended."""
