@@ -75,12 +75,29 @@ def _end(loop: Loop) -> None:
     if not hubs:
         return
     for hub in hubs.values():
-        with suppress(Exception):
-            if not loop.is_closed():
-                loop.run_until_complete(hub.aclose())
+        if not loop.is_closed():
+            _finish(loop, hub)
         hub.close_at_once()
     for callback in on_loop_closed:
         callback(loop)
+
+
+def _finish(loop: Loop, hub: Hub) -> None:
+    """Have a loop that stands still close a hub."""
+
+    def run() -> None:
+        closing = hub.aclose()
+        try:
+            loop.run_until_complete(closing)
+        except Exception:  # noqa: BLE001 - it is going away; what is open is closed without it
+            closing.close()
+
+    if asyncio._get_running_loop() is None:
+        run()
+    else:  # no other may run in this thread
+        thread = threading.Thread(target=run, name="pgnotify-layer-close", daemon=True)
+        thread.start()
+        thread.join(_EXIT_TIMEOUT)
 
 
 # -- the loop that stays ------------------------------------------------------------------------

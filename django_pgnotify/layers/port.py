@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..conf import conf
 from ..exceptions import PgNotifyError
-from ..wire import wire_channel
 from . import codec as wire
 from .codec import unpack
 from .local import TOKEN_LENGTH, Local
@@ -38,8 +37,8 @@ class Port:
         self.shared: dict[str, SharedChannel] = {}
         self._layer = layer
         self._base = layer.wire
-        self._direct = wire_channel(f"{layer.wire}.{self.local.token}")
-        self._shards = [wire_channel(f"{layer.wire}.{number}") for number in range(layer.shards)]
+        self._direct = layer.wire_of(self.local.token)
+        self._shards = [layer.wire_of(number) for number in range(layer.shards)]
         self._used_shards: set[str] = set()
         self.attached = False
         """Whether the hub knows that we want to hear."""
@@ -238,7 +237,7 @@ class Port:
                 await self._layer.feed.listening()
             self._adding.pop((group, channel), None)
             self.local.join(group, channel)
-            there = wire_channel(f"{self._base}.{token}").encode()
+            there = self._layer.wire_of(token).encode()
             await self.hub.out.send(self, there, wire.ADDED, nonce, b"")
 
         task = self.loop.create_task(join(), name="pgnotify-layer-join")
@@ -254,7 +253,7 @@ class Port:
         token = channel.partition("!")[0][-TOKEN_LENGTH:]
         if len(token) < TOKEN_LENGTH or not set(token) <= set("0123456789abcdef"):
             return None
-        return wire_channel(f"{self._base}.{token}").encode()
+        return self._layer.wire_of(token).encode()
 
     # -- out ------------------------------------------------------------------------------------
 

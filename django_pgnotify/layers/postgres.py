@@ -102,7 +102,9 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         self.gap_messages = patterns_of(gap_messages)
         self.crypt = crypt_of(symmetric_encryption_keys)
         self.stats = Stats()
-        self.wire = wire_channel(f"pgnotify.layer.{prefix}", conf.CHANNEL_PREFIX)
+        self._channel_prefix = conf.CHANNEL_PREFIX
+        self.wire = wire_channel(f"pgnotify.layer.{prefix}", self._channel_prefix)
+        """The wire channel that all processes listen to; it marks the layer's rows, too."""
         self._publish_alias = check_alias(using or conf.DATABASE)
         self._listen_alias = check_alias(using or conf.listen_database)
         self.feed: Feed | None = DirectFeed(self, self._listen_alias)
@@ -230,7 +232,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         await port.tell_group(group, port.codec.message(message))
 
     async def group_send_many(self, messages: Sequence[tuple[str, Message]]) -> None:
-        """Send ``(group, message)`` pairs, in order, in as few statements as they fit.
+        """Send ``(group, message)`` pairs in as few statements as they fit; in order within a group.
 
         Raises:
             PublishError: PostgreSQL could not be told of some of them.
@@ -285,6 +287,11 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         for port in list(self._ports.values()):
             with suppress(RuntimeError):  # its loop has been closed
                 port.loop.call_soon_threadsafe(port.deliver, group, body)
+
+    def wire_of(self, part: int | str) -> str:
+        """The wire channel of a shard, or of a process by its token."""
+        # The part comes before the prefix, which may look like anything.
+        return wire_channel(f"pgnotify.layer-{part}.{self.prefix}", self._channel_prefix)
 
     # -- ports ----------------------------------------------------------------------------------
 
