@@ -232,7 +232,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         await port.tell_group(group, port.codec.message(message))
 
     async def group_send_many(self, messages: Sequence[tuple[str, Message]]) -> None:
-        """Send ``(group, message)`` pairs in as few statements as they fit; in order within a group.
+        """Send ``(group, message)`` pairs in few statements; in order within each group.
 
         Raises:
             PublishError: PostgreSQL could not be told of some of them.
