@@ -25,6 +25,7 @@ from .hub import Hub
 T = TypeVar("T")
 
 _EXIT_TIMEOUT = 5.0
+_GRACE = 0.5
 
 Loop = asyncio.AbstractEventLoop
 
@@ -127,12 +128,16 @@ class Home:
             self.loop.run_forever()
         finally:
             with suppress(Exception):
-                tasks = asyncio.all_tasks(self.loop)
-                if tasks:
-                    self.loop.run_until_complete(asyncio.wait(tasks, timeout=0.1))
-                for task in asyncio.all_tasks(self.loop):
-                    if task.get_name() != "pgnotify-layer-listener":
-                        task.cancel()
+                calls = [
+                    task
+                    for task in asyncio.all_tasks(self.loop)
+                    if task.get_name() != "pgnotify-layer-listener"  # which its hub stops
+                ]
+                if calls:
+                    # Those that send will be done in no time, those that receive never.
+                    self.loop.run_until_complete(asyncio.wait(calls, timeout=_GRACE))
+                for task in calls:
+                    task.cancel()
             self.loop.close()
 
 
