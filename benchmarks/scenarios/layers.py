@@ -77,7 +77,7 @@ def cases(quick: bool) -> Iterable[Case]:
         for consumers, messages in ((1, 2_000), (50, 400)):
             where = "separate processes" if separate else "same process"
             name = f"{consumers} consumer{'s' * (consumers > 1)}, {where}"
-            count = messages // 2 if quick else messages
+            count = messages // 4 if quick else messages
             yield Case(
                 name,
                 metrics=(ONE, MANY, P50, P99),

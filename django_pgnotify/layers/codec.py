@@ -41,12 +41,12 @@ _ALONE = msgpack.Packer().pack_array_header(2) + msgpack.packb(0)
 """The head of a frame of one entry, numbered 0."""
 
 
-class _Crypt(Protocol):
+class Crypt(Protocol):
     def encrypt(self, data: bytes) -> bytes: ...
     def decrypt(self, token: bytes) -> bytes: ...
 
 
-def crypt_of(keys: Iterable[str | bytes] | None) -> _Crypt | None:
+def crypt_of(keys: Iterable[str | bytes] | None) -> Crypt | None:
     """What encrypts with the first of ``keys`` and decrypts with any; None without keys.
 
     A key may be any text: its SHA-256 is what Fernet is given, as in channels_redis.
@@ -86,7 +86,7 @@ class Codec:
         crypt: encrypts every frame and every stored message; None leaves them readable.
     """
 
-    def __init__(self, crypt: _Crypt | None = None) -> None:
+    def __init__(self, crypt: Crypt | None = None) -> None:
         self._crypt = crypt
         self._pack = msgpack.Packer(autoreset=True).pack
 

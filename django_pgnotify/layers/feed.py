@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from channels.layers import channel_layers
 
@@ -22,9 +22,7 @@ from ..listening.background import Subscription, background_listener, establishe
 from ..listening.intake import Intake
 from ..registry import Receiver, accepts, registry
 from ..registry import Subscription as Stream
-
-if TYPE_CHECKING:
-    from .postgres import PostgresChannelLayer
+from ..stats import Stats
 
 logger = logging.getLogger("django_pgnotify.layers")
 
@@ -38,10 +36,19 @@ class Direct(Protocol):
     def message(self) -> Callable[[Event], dict[str, Any]]: ...
 
 
+class Target(Protocol):
+    """A layer, as its feed sees it; called in any thread."""
+
+    @property
+    def stats(self) -> Stats: ...
+    def has_members(self, group: str) -> bool: ...
+    def deliver(self, group: str, message: dict[str, Any]) -> None: ...
+
+
 class DirectFeed:
     """The feed of one layer (see ``layers.postgres.Feed``); it listens from the first member on."""
 
-    def __init__(self, layer: PostgresChannelLayer, using: str) -> None:
+    def __init__(self, layer: Target, using: str) -> None:
         self._layer = layer
         self._using = using
         self._reset()

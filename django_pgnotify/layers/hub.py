@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..backoff import Backoff
 from ..conf import conf
@@ -22,13 +22,17 @@ from .connection import LayerConnection, LayerListener
 from .outgoing import Outgoing
 from .rows import Rows
 
-if TYPE_CHECKING:
-    from .port import Port
-
 logger = logging.getLogger("django_pgnotify.layers")
 
 _REVIVAL_BASE, _REVIVAL_CAP = 0.5, 30.0
 """Upper bounds, in seconds, of the first and of any pause before a listener that ended."""
+
+
+class Hearer(Protocol):
+    """Who hears wire channels: a layer on this loop."""
+
+    def hear(self, payload: bytes) -> None: ...
+    def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None: ...
 
 
 class Hub:
@@ -44,18 +48,18 @@ class Hub:
         self._heard: frozenset[str] = frozenset()
         self.rows = Rows(publish_alias)
         self._listen_alias = listen_alias
-        self._ports: dict[str, list[Port]] = {}
+        self._ports: dict[str, list[Hearer]] = {}
         self._listener: LayerListener | None = None
         self._task: asyncio.Task[None] | None = None
         self._was_lost = False
         self._revival = Backoff(_REVIVAL_BASE, _REVIVAL_CAP)
         self._waiting: list[tuple[frozenset[str], asyncio.Future[None]]] = []
-        self.out = Outgoing(self)
+        self.out = Outgoing(self.rows, lambda: self.direct)
         self.closed = False
 
     # -- ports --------------------------------------------------------------------------------
 
-    def want(self, port: Port, channels: frozenset[str]) -> None:
+    def want(self, port: Hearer, channels: frozenset[str]) -> None:
         """Have a port hear exactly these wire channels."""
         for channel, ports in list(self._ports.items()):
             if port in ports and channel not in channels:

@@ -8,15 +8,12 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .codec import Codec, unpack
 from .mailbox import Body, Mailbox
-
-if TYPE_CHECKING:
-    from .postgres import PostgresChannelLayer
+from .options import Options
 
 logger = logging.getLogger("django_pgnotify.layers")
 
@@ -40,21 +37,21 @@ class Local:
     """See the module. Used on its loop only, so it needs no lock.
 
     Args:
-        layer: whose options hold.
+        options: those of the layer.
         codec: packs the messages that are made here.
     """
 
-    def __init__(self, layer: PostgresChannelLayer, codec: Codec) -> None:
+    def __init__(self, options: Options, codec: Codec) -> None:
         self.token = secrets.token_hex(TOKEN_LENGTH // 2)
         """What the names of our channels contain."""
         self.boxes: dict[str, Mailbox] = {}
         self.groups: dict[str, Group] = {}
-        self._layer = layer
-        self._stats = layer.stats
+        self._options = options
+        self._stats = options.stats
         self._codec = codec
         self._numbers = itertools.count()
         self._for_all: dict[str, list[asyncio.Future[None]]] = {}
-        self.sweep_due = time.monotonic() + layer.expiry
+        self.sweep_due = time.monotonic() + options.expiry
 
     # -- channels -------------------------------------------------------------------------------
 
@@ -66,7 +63,7 @@ class Local:
 
     def put(self, channel: str, body: Body, now: float) -> bool:
         """Hand a message to a channel of ours; False if it is full."""
-        box, message = self._box(channel), (now + self._layer.expiry, body)
+        box, message = self._box(channel), (now + self._options.expiry, body)
         if box.put(message):
             return True
         if expired := box.expire(now):
@@ -81,13 +78,13 @@ class Local:
 
     def _tell(self, box: Mailbox, message: dict[str, Any], *, first: bool = False) -> None:
         """Put in a message of our own, whether there is room or not."""
-        entry = (time.monotonic() + self._layer.expiry, message)
+        entry = (time.monotonic() + self._options.expiry, message)
         (box.put_back if first else box.force)(entry)
 
     def _box(self, channel: str) -> Mailbox:
         box = self.boxes.get(channel)
         if box is None:
-            box = self.boxes[channel] = Mailbox(self._layer.get_capacity(channel), channel)
+            box = self.boxes[channel] = Mailbox(self._options.capacity_of(channel), channel)
             for waiter in self._for_all.get(_head(channel), ()):
                 box.add_waiter(waiter)
         return box
@@ -114,7 +111,7 @@ class Local:
                     missed, box.missed = box.missed, 0
                     self._stats.add("expired", missed)
                     if box.groups and self.wants_gaps(channel):
-                        box.put_back((time.monotonic() + self._layer.expiry, body))
+                        box.put_back((time.monotonic() + self._options.expiry, body))
                         return gap_message(None, None, "expiry")
                 if isinstance(body, dict):
                     return body.copy()
@@ -162,7 +159,7 @@ class Local:
 
     def put_back(self, channel: str, message: dict[str, Any]) -> None:
         """Have a message that was received, and not read, be the next one again."""
-        expires = time.monotonic() + self._layer.expiry
+        expires = time.monotonic() + self._options.expiry
         self._box(channel).put_back((expires, self._codec.message(message)))
 
     def note_broken(self) -> None:
@@ -196,9 +193,9 @@ class Local:
         group = self.groups.get(name)
         if group is None:
             return
-        if now - group.oldest > self._layer.group_expiry:
+        if now - group.oldest > self._options.group_expiry:
             self._expire_members(name, group, now)
-        message = (now + self._layer.expiry, body if len(group.boxes) < 2 else _shareable(body))
+        message = (now + self._options.expiry, body if len(group.boxes) < 2 else _shareable(body))
         for box in [box for box in group.boxes.values() if not box.put(message)]:
             self.put(box.channel, body, now)  # it is full: look closer
 
@@ -214,7 +211,7 @@ class Local:
 
     def sweep(self, now: float) -> None:
         """Forget what has expired, and channels that nobody needs."""
-        self.sweep_due = now + self._layer.expiry
+        self.sweep_due = now + self._options.expiry
         for channel, box in list(self.boxes.items()):
             if expired := box.expire(now):
                 self._stats.add("expired", expired)
@@ -223,12 +220,12 @@ class Local:
             if box.abandoned:
                 del self.boxes[channel]
         for name, group in list(self.groups.items()):
-            if now - group.oldest > self._layer.group_expiry:
+            if now - group.oldest > self._options.group_expiry:
                 self._expire_members(name, group, now)
 
     def _expire_members(self, name: str, group: Group, now: float) -> None:
         for channel, joined in list(group.members.items()):
-            if now - joined > self._layer.group_expiry:
+            if now - joined > self._options.group_expiry:
                 self.leave(name, channel)
         group.oldest = min(group.members.values(), default=now)
 
@@ -241,7 +238,7 @@ class Local:
                 self._tell(box, gap_message(since, until, cause))
 
     def wants_gaps(self, channel: str) -> bool:
-        wanted = self._layer.gap_messages
+        wanted = self._options.gap_messages
         if isinstance(wanted, bool):
             return wanted
         return any(
@@ -259,18 +256,6 @@ def gap_message(since: datetime | None, until: datetime | None, cause: str) -> d
         "until": (until or datetime.now(UTC)).isoformat(),
         "cause": cause,
     }
-
-
-def patterns_of(gap_messages: bool | Iterable[str]) -> bool | tuple[str, ...]:
-    """The option ``gap_messages``, checked; raises TypeError."""
-    if isinstance(gap_messages, bool):
-        return gap_messages
-    patterns = None if isinstance(gap_messages, (str, bytes, Mapping)) else tuple(gap_messages)
-    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(
-            f"gap_messages= is a bool or a list of patterns of group names; got {gap_messages!r}."
-        )
-    return patterns
 
 
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})

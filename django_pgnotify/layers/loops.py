@@ -25,6 +25,7 @@ from .hub import Hub
 T = TypeVar("T")
 
 _EXIT_TIMEOUT = 5.0
+_GRACE = 0.5
 
 Loop = asyncio.AbstractEventLoop
 
@@ -75,12 +76,29 @@ def _end(loop: Loop) -> None:
     if not hubs:
         return
     for hub in hubs.values():
-        with suppress(Exception):
-            if not loop.is_closed():
-                loop.run_until_complete(hub.aclose())
+        if not loop.is_closed():
+            _finish(loop, hub)
         hub.close_at_once()
     for callback in on_loop_closed:
         callback(loop)
+
+
+def _finish(loop: Loop, hub: Hub) -> None:
+    """Have a loop that stands still close a hub."""
+
+    def run() -> None:
+        closing = hub.aclose()
+        try:
+            loop.run_until_complete(closing)
+        except Exception:  # noqa: BLE001 - it is going away; what is open is closed without it
+            closing.close()
+
+    if asyncio._get_running_loop() is None:
+        run()
+    else:  # no other may run in this thread
+        thread = threading.Thread(target=run, name="pgnotify-layer-close", daemon=True)
+        thread.start()
+        thread.join(_EXIT_TIMEOUT)
 
 
 # -- the loop that stays ------------------------------------------------------------------------
@@ -110,12 +128,16 @@ class Home:
             self.loop.run_forever()
         finally:
             with suppress(Exception):
-                tasks = asyncio.all_tasks(self.loop)
-                if tasks:
-                    self.loop.run_until_complete(asyncio.wait(tasks, timeout=0.1))
-                for task in asyncio.all_tasks(self.loop):
-                    if task.get_name() != "pgnotify-layer-listener":
-                        task.cancel()
+                calls = [
+                    task
+                    for task in asyncio.all_tasks(self.loop)
+                    if task.get_name() != "pgnotify-layer-listener"  # which its hub stops
+                ]
+                if calls:
+                    # Those that send will be done in no time, those that receive never.
+                    self.loop.run_until_complete(asyncio.wait(calls, timeout=_GRACE))
+                for task in calls:
+                    task.cancel()
             self.loop.close()
 
 

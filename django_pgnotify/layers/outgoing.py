@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from psycopg import pq
 
 from ..conf import conf
 from ..exceptions import ListenError, PgNotifyError, PublishError
 from ..listening.connection import first_line
-from .codec import GROUP
+from ..stats import Stats
+from .codec import GROUP, Codec
 from .connection import LayerConnection, NotSent
-
-if TYPE_CHECKING:
-    from .hub import Hub
-    from .port import Port
+from .rows import Rows
 
 logger = logging.getLogger("django_pgnotify.layers")
 
@@ -28,36 +26,57 @@ _BATCH_BYTES = 64 * 1024
 _CLOSE_TIMEOUT = 2.0
 
 
+class Sender(Protocol):
+    """Whose entries these are: a layer on this loop."""
+
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def stats(self) -> Stats: ...
+
+    async def store(self, body: bytes | str) -> int:
+        """Keep what is too large for a frame; returns the number of its row."""
+
+    async def reach_normal_members(self, group: str, body: bytes | str) -> None:
+        """Hand a group's message on to the normal channels in it."""
+
+
 class Parcel:
     """One entry on its way; ``future`` is done when the server has it."""
 
-    __slots__ = ("body", "channel", "future", "kind", "name", "packed", "port", "retried")
+    __slots__ = ("body", "channel", "future", "kind", "name", "packed", "retried", "sender")
 
     def __init__(
         self,
         future: asyncio.Future[None],
-        port: Port,
+        sender: Sender,
         channel: bytes,
         kind: int,
         name: str,
         body: bytes | str,
     ) -> None:
         self.future = future
-        self.port = port
+        self.sender = sender
         self.channel = channel
         self.kind = kind
         self.name = name
         self.body = body
-        self.packed: bytes = port.codec.entry(kind, name, body)
+        self.packed: bytes = sender.codec.entry(kind, name, body)
         self.retried = False
 
 
 class Outgoing:
-    """See the module. One for each hub, on its loop."""
+    """See the module. One for each hub, on its loop.
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
-        self._loop = hub.loop
+    Args:
+        rows: whose connection sends while no other does.
+        direct: returns the connection that listens, while it is proven.
+    """
+
+    def __init__(self, rows: Rows, direct: Callable[[], LayerConnection | None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._rows = rows
+        self._direct = direct
         self._pending: deque[Parcel] = deque()
         self._busy = False
         """Whether a batch is under way; the next waits for it, and so keeps its place."""
@@ -70,7 +89,7 @@ class Outgoing:
         self._to_rows = asyncio.Lock()
 
     def send(
-        self, port: Port, channel: bytes, kind: int, name: str, body: bytes | str
+        self, sender: Sender, channel: bytes, kind: int, name: str, body: bytes | str
     ) -> asyncio.Future[None]:
         """Tell everybody who hears ``channel``.
 
@@ -78,7 +97,7 @@ class Outgoing:
         channel keep their order.
         """
         future: asyncio.Future[None] = self._loop.create_future()
-        self._pending.append(Parcel(future, port, channel, kind, name, body))
+        self._pending.append(Parcel(future, sender, channel, kind, name, body))
         if not self._busy:
             self._pump()
         return future
@@ -104,7 +123,7 @@ class Outgoing:
         """Send what waits, if that is possible now."""
         if self._busy or not self._pending:
             return
-        connection = self._hub.direct or self._hub.rows.connection
+        connection = self._direct() or self._rows.connection
         if connection is None:
             self._busy = True
             self.spawn(self._connect(), "pgnotify-layer-connect")
@@ -121,7 +140,7 @@ class Outgoing:
                 large = False  # as nearly always; no need to look closer
             else:
                 large = not all(
-                    one.port.codec.fits(one.packed, utf8=connection.utf8) for one in batch
+                    one.sender.codec.fits(one.packed, utf8=connection.utf8) for one in batch
                 )
             if large:
                 self.spawn(self._store_and_notify(batch, utf8=connection.utf8), "pgnotify-store")
@@ -145,14 +164,14 @@ class Outgoing:
     def _notify(self, connection: LayerConnection, batch: list[Parcel]) -> None:
         if len(batch) == 1:
             [parcel] = batch
-            frames = parcel.port.codec.frames([parcel.packed], utf8=connection.utf8)
+            frames = parcel.sender.codec.frames([parcel.packed], utf8=connection.utf8)
             pairs = [(parcel.channel, frames[0])]
             groups = parcel.kind == GROUP
         else:
             together: dict[tuple[bytes, Any], list[bytes]] = {}
             groups = False
             for parcel in batch:
-                key = (parcel.channel, parcel.port.codec)
+                key = (parcel.channel, parcel.sender.codec)
                 together.setdefault(key, []).append(parcel.packed)
                 groups = groups or parcel.kind == GROUP
             pairs = []
@@ -192,7 +211,7 @@ class Outgoing:
 
     def _finish(self, batch: list[Parcel], error: BaseException | None) -> None:
         for parcel in batch:
-            parcel.port.stats.add("sent" if error is None else "failed")
+            parcel.sender.stats.add("sent" if error is None else "failed")
             if parcel.future.done():
                 continue
             if error is None:
@@ -210,7 +229,7 @@ class Outgoing:
 
     async def _connect(self) -> None:
         try:
-            await self._hub.rows.connected()
+            await self._rows.connected()
         except Exception as exc:  # noqa: BLE001 - whoever waits must be told, whatever it was
             # All of them: each would wait for as long again, one after the other.
             batch = list(self._pending)
@@ -225,11 +244,11 @@ class Outgoing:
         ready: list[Parcel] = []
         try:
             for parcel in batch:
-                port = parcel.port
+                sender = parcel.sender
                 try:
-                    if not port.codec.fits(parcel.packed, utf8=utf8):
-                        number = await port.store(parcel.body)
-                        parcel.packed = port.codec.entry(parcel.kind, parcel.name, number)
+                    if not sender.codec.fits(parcel.packed, utf8=utf8):
+                        number = await sender.store(parcel.body)
+                        parcel.packed = sender.codec.entry(parcel.kind, parcel.name, number)
                     ready.append(parcel)
                 except Exception as exc:  # noqa: BLE001 - whoever waits must be told
                     self._finish([parcel], exc)
@@ -245,7 +264,7 @@ class Outgoing:
                 error: Exception | None = None
                 if parcel.kind == GROUP:
                     try:
-                        await parcel.port.reach_normal_members(parcel.name, parcel.body)
+                        await parcel.sender.reach_normal_members(parcel.name, parcel.body)
                     except Exception as exc:  # noqa: BLE001 - whoever waits must be told
                         error = exc
                 self._finish([parcel], error)

@@ -8,38 +8,44 @@ import secrets
 import time
 import zlib
 from collections import deque
+from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..conf import conf
 from ..exceptions import PgNotifyError
-from ..wire import wire_channel
 from . import codec as wire
 from .codec import unpack
+from .hub import Hub
 from .local import TOKEN_LENGTH, Local
+from .options import Options
 from .shared import SharedChannel
-
-if TYPE_CHECKING:
-    from .hub import Hub
-    from .postgres import PostgresChannelLayer
 
 logger = logging.getLogger("django_pgnotify.layers")
 
 
 class Port:
-    """See the module. Used on the loop of its hub only."""
+    """See the module. Used on the loop of its hub only.
 
-    def __init__(self, layer: PostgresChannelLayer, hub: Hub) -> None:
+    Args:
+        options: those of the layer.
+        before_join: awaited before a channel joins a group at another process's wish.
+    """
+
+    def __init__(
+        self, options: Options, hub: Hub, before_join: Callable[[], Awaitable[None]]
+    ) -> None:
         self.hub = hub
         self.loop = hub.loop
-        self.codec = wire.Codec(layer.crypt)
-        self.local = Local(layer, self.codec)
-        self.stats = layer.stats
+        self.codec = wire.Codec(options.crypt)
+        self.local = Local(options, self.codec)
+        self.stats = options.stats
         self.shared: dict[str, SharedChannel] = {}
-        self._layer = layer
-        self._base = layer.wire
-        self._direct = wire_channel(f"{layer.wire}.{self.local.token}")
-        self._shards = [wire_channel(f"{layer.wire}.{number}") for number in range(layer.shards)]
+        self._options = options
+        self._before_join = before_join
+        self._base = options.wire
+        self._direct = options.wire_of(self.local.token)
+        self._shards = [options.wire_of(number) for number in range(options.shards)]
         self._used_shards: set[str] = set()
         self.attached = False
         """Whether the hub knows that we want to hear."""
@@ -234,11 +240,10 @@ class Port:
 
         async def join() -> None:
             await self.listen(group)
-            if self._layer.feed is not None:
-                await self._layer.feed.listening()
+            await self._before_join()
             self._adding.pop((group, channel), None)
             self.local.join(group, channel)
-            there = wire_channel(f"{self._base}.{token}").encode()
+            there = self._options.wire_of(token).encode()
             await self.hub.out.send(self, there, wire.ADDED, nonce, b"")
 
         task = self.loop.create_task(join(), name="pgnotify-layer-join")
@@ -254,7 +259,7 @@ class Port:
         token = channel.partition("!")[0][-TOKEN_LENGTH:]
         if len(token) < TOKEN_LENGTH or not set(token) <= set("0123456789abcdef"):
             return None
-        return wire_channel(f"{self._base}.{token}").encode()
+        return self._options.wire_of(token).encode()
 
     # -- out ------------------------------------------------------------------------------------
 
@@ -281,7 +286,7 @@ class Port:
         """Keep a message that is too large for a frame; returns the number of its row."""
         if isinstance(body, str):
             raise PgNotifyError("a channel's name is too long for a frame")
-        return await self.hub.rows.store(self._base, self.codec.seal(body), self._layer.expiry)
+        return await self.hub.rows.store(self._base, self.codec.seal(body), self._options.expiry)
 
     # -- normal channels ------------------------------------------------------------------------
 
@@ -296,8 +301,8 @@ class Port:
             self._base,
             channel,
             self.codec.seal(body),
-            self._layer.expiry,
-            self._layer.get_capacity(channel),
+            self._options.expiry,
+            self._options.capacity_of(channel),
             self.wake_up(channel),
         )
 
@@ -305,7 +310,12 @@ class Port:
         await self.listen(channel)
         shared = self.shared.get(channel)
         if shared is None:
-            shared = self.shared[channel] = SharedChannel(self, self._base, channel)
+            shared = self.shared[channel] = SharedChannel(
+                *(self._base, channel),
+                rows=lambda: self.hub.rows,
+                wake=self.wake_up(channel),
+                on_idle=lambda: self._forget_idle(channel),
+            )
         try:
             while True:
                 body = await shared.get()
@@ -314,15 +324,16 @@ class Port:
                 except Exception:  # noqa: BLE001 - msgpack and Fernet raise many
                     self.local.note_broken()
         finally:
-            self.forget(channel, shared)
+            self._forget_idle(channel)
 
-    def forget(self, channel: str, shared: SharedChannel) -> None:
+    def _forget_idle(self, channel: str) -> None:
         """Drop what receives a normal channel, if nobody does any more."""
-        if shared.idle and self.shared.get(channel) is shared:
+        shared = self.shared.get(channel)
+        if shared is not None and shared.idle:
             del self.shared[channel]
 
     async def join_shared(self, group: str, channel: str) -> None:
-        await self.hub.rows.join(self._base, group, channel, self._layer.group_expiry)
+        await self.hub.rows.join(self._base, group, channel, self._options.group_expiry)
 
     async def leave_shared(self, group: str, channel: str) -> None:
         await self.hub.rows.leave(self._base, group, channel)

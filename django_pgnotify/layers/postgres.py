@@ -16,12 +16,12 @@ from ..conf import conf
 from ..exceptions import InvalidArgument, PgNotifyError
 from ..publishing.sender import check_alias
 from ..stats import Stats
-from ..wire import wire_channel
 from . import loops
 from .codec import Codec, crypt_of
 from .feed import DirectFeed
-from .local import TOKEN_LENGTH, patterns_of
+from .local import TOKEN_LENGTH
 from .loops import hub_of, is_passing, run_on
+from .options import Options, patterns_of
 from .port import Port
 
 Message = dict[str, Any]
@@ -98,11 +98,19 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         self.channel_capacity = self.compile_capacities(channel_capacity or {})
         self.group_expiry = group_expiry
         self.prefix = prefix
-        self.shards = shards
-        self.gap_messages = patterns_of(gap_messages)
-        self.crypt = crypt_of(symmetric_encryption_keys)
         self.stats = Stats()
-        self.wire = wire_channel(f"pgnotify.layer.{prefix}", conf.CHANNEL_PREFIX)
+        self._options = Options(
+            prefix=prefix,
+            channel_prefix=conf.CHANNEL_PREFIX,
+            expiry=expiry,
+            group_expiry=group_expiry,
+            capacity_of=self.get_capacity,
+            shards=shards,
+            gap_messages=patterns_of(gap_messages),
+            crypt=crypt_of(symmetric_encryption_keys),
+            stats=self.stats,
+        )
+        self.wire = self._options.wire
         self._publish_alias = check_alias(using or conf.DATABASE)
         self._listen_alias = check_alias(using or conf.listen_database)
         self.feed: Feed | None = DirectFeed(self, self._listen_alias)
@@ -194,8 +202,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             await port.join_shared(group, channel)
         elif port.local.is_ours(channel):
             await port.listen(group)
-            if self.feed is not None:
-                await self.feed.listening()
+            await self._feed_listening()
             port.local.join(group, channel)
         else:
             await port.ask_to_join(group, channel)
@@ -230,7 +237,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         await port.tell_group(group, port.codec.message(message))
 
     async def group_send_many(self, messages: Sequence[tuple[str, Message]]) -> None:
-        """Send ``(group, message)`` pairs, in order, in as few statements as they fit.
+        """Send ``(group, message)`` pairs in few statements; in order within each group.
 
         Raises:
             PublishError: PostgreSQL could not be told of some of them.
@@ -286,6 +293,10 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             with suppress(RuntimeError):  # its loop has been closed
                 port.loop.call_soon_threadsafe(port.deliver, group, body)
 
+    async def _feed_listening(self) -> None:
+        if self.feed is not None:
+            await self.feed.listening()
+
     # -- ports ----------------------------------------------------------------------------------
 
     def _port(self) -> Port | None:
@@ -297,7 +308,9 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         if port is None:
             if is_passing(loop):
                 return None
-            port = Port(self, hub_of(self._publish_alias, self._listen_alias))
+            port = Port(
+                self._options, hub_of(self._publish_alias, self._listen_alias), self._feed_listening
+            )
             self._ports[loop] = port
             self._owners[port.local.token] = port
         elif port.hub.closed:

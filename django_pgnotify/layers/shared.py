@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from ..backoff import Backoff
 from ..exceptions import PublishError
-from .rows import Taken
-
-if TYPE_CHECKING:
-    from .port import Port
+from .rows import Rows, Taken
 
 logger = logging.getLogger("django_pgnotify.layers")
 
@@ -25,12 +22,26 @@ class SharedChannel:
     Args:
         layer: what the rows of the layer are marked with.
         channel: name of the channel.
+        rows: returns where they are.
+        wake: wire channel and payload that tell receivers to look.
+        on_idle: called when nobody waits any more and nothing is under way.
     """
 
-    def __init__(self, port: Port, layer: str, channel: str) -> None:
-        self._port = port
+    def __init__(
+        self,
+        layer: str,
+        channel: str,
+        *,
+        rows: Callable[[], Rows],
+        wake: tuple[bytes, bytes],
+        on_idle: Callable[[], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
         self._layer = layer
         self._channel = channel
+        self._rows = rows
+        self._wake = wake
+        self._on_idle = on_idle
         self._waiters: deque[asyncio.Future[Taken]] = deque()
         self._news = False
         """Whether there may be rows that nobody has looked for."""
@@ -45,11 +56,11 @@ class SharedChannel:
         """Rows may have come."""
         self._news = True
         if self._waiters and self._task is None:
-            self._task = self._port.loop.create_task(self._take(), name="pgnotify-layer-take")
+            self._task = self._loop.create_task(self._take(), name="pgnotify-layer-take")
 
     async def get(self) -> bytes:
         """The next message, which nobody else gets."""
-        waiter: asyncio.Future[Taken] = self._port.loop.create_future()
+        waiter: asyncio.Future[Taken] = self._loop.create_future()
         self._waiters.append(waiter)
         self.wake()
         try:
@@ -63,14 +74,12 @@ class SharedChannel:
 
     async def _take(self) -> None:
         backoff = Backoff(_BACKOFF_BASE, _BACKOFF_CAP)
-        wake = self._port.wake_up(self._channel)
-        rows = self._port.hub.rows
         try:
             while self._waiters and self._news:
                 self._news = False
                 wanted = len(self._waiters)
                 try:
-                    found = await rows.take(self._layer, self._channel, wanted, wake)
+                    found = await self._rows().take(self._layer, self._channel, wanted, self._wake)
                 except PublishError as exc:
                     logger.warning("Cannot look for messages of %r: %s", self._channel, exc)
                     self._news = True
@@ -90,7 +99,7 @@ class SharedChannel:
         if self._news:
             self.wake()
         if self.idle:
-            self._port.forget(self._channel, self)
+            self._on_idle()
 
     async def _hand_on(self, taken: Taken) -> None:
         """Give a message to whoever waits here; to the others, if nobody does any more."""
@@ -99,6 +108,4 @@ class SharedChannel:
             if not waiter.done():
                 waiter.set_result(taken)
                 return
-        await self._port.hub.rows.put_back(
-            self._layer, self._channel, taken, self._port.wake_up(self._channel)
-        )
+        await self._rows().put_back(self._layer, self._channel, taken, self._wake)
