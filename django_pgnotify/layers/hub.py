@@ -180,7 +180,7 @@ class Hub:
             "pid": os.getpid(),
             "backend": self.backend_pid,
             "database": self._listen_alias,
-            "role": "channel layer",
+            "role": "in process",
             "established": False,
             **({} if self._listener is None else self._listener.health()),
             "topics": sorted(self._heard),

@@ -45,8 +45,8 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
     for a NOTIFY (about 5,900 bytes packed) are rows, which expire.
 
     Args:
-        using: database alias; default ``PGNOTIFY_DATABASE`` to send on and
-            ``PGNOTIFY_LISTEN_DATABASE`` to listen on.
+        using: database alias; default ``PGNOTIFY_LISTEN_DATABASE`` to listen on, and to send on
+            while listening, and ``PGNOTIFY_DATABASE`` for rows and where nobody listens.
         prefix: several layers on one database need different ones.
         expiry: seconds after which a message that nobody read is dropped.
         group_expiry: seconds after which a membership that was not renewed ends.
