@@ -7,7 +7,6 @@ adds them up takes the last counts of a process that has ended into the file ``e
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -17,6 +16,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows, where no table is shared, and so no counts are either
+    fcntl = None  # type: ignore[assignment]
 
 Counts = dict[str, dict[str, Any]]
 """By cache: numbers by name, and under ``tags`` numbers by name for each tag."""
@@ -33,7 +37,7 @@ _LOCK_PAUSE = 0.002
 _ENDED = "ended"
 _SUFFIX = ".json"
 _MODE = 0o700
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 class CountsFile:

@@ -21,7 +21,7 @@ from django_pgnotify.publishing.store import store
 from django_pgnotify.registry import registry
 from django_pgnotify.testing import RunningListener, running_listener
 from django_pgnotify.wire import FramePacker, encode_event, reference_to
-from tests.integration.recording import Recorder, dsn, notify
+from tests.integration.recording import DEADLINE, Recorder, dsn, notify
 from tests.testapp.models import Document, Membership, Order, Sku
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -244,8 +244,18 @@ def test_what_follows_a_stored_event_that_is_being_fetched_waits_for_it_the_gap_
     reference = frame(json.loads(reference_to(big, row).body))
     with registry.isolated(), psycopg.connect(dsn(), autocommit=True) as other:
 
-        def tell(payload: str) -> None:
-            other.execute("SELECT pg_notify('jobs', %s)", [payload])
+        def tell(*payloads: str) -> None:
+            other.execute(
+                "SELECT pg_notify('jobs', payload) FROM unnest(%s::text[]) AS payload",
+                [list(payloads)],
+            )
+
+        def somebody_waits_for_the_table() -> bool:
+            waits = other.execute(
+                "SELECT 1 FROM pg_locks WHERE NOT granted"
+                " AND relation = 'pgnotify_stored_event'::regclass"
+            )
+            return waits.fetchone() is not None
 
         receiver("jobs", on_gap=True)(heard)
         with running_listener() as listener:
@@ -253,8 +263,10 @@ def test_what_follows_a_stored_event_that_is_being_fetched_waits_for_it_the_gap_
                 # As long as the table is locked, the fetch waits.
                 with connection.cursor() as cursor:
                     cursor.execute("LOCK TABLE pgnotify_stored_event IN ACCESS EXCLUSIVE MODE")
-                tell(reference)
-                tell("behind it")
+                tell(reference, "behind it")
+                deadline = time.monotonic() + DEADLINE
+                while not somebody_waits_for_the_table():
+                    assert time.monotonic() < deadline
                 other.execute("SELECT pg_terminate_backend(%s, 5000)", [listener.backend_pid])
                 listener.wait_until_ready(2)
                 tell("after the gap")

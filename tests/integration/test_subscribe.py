@@ -420,9 +420,12 @@ def test_who_does_not_keep_up_gets_one_gap_per_topic_where_events_are_missing() 
         heard += take(events, 1)
         assert events.get(timeout=0) is None
         assert events.stats["dropped"] == 15
-    assert data(heard[:5]) == [0, 0, 1, 1, 2]
+    # Events of two topics that arrive together may come in another order than they left in.
+    for topic in ("a", "b"):
+        of_topic = data([event for event in heard[:5] if event.topic == topic])
+        assert of_topic == list(range(len(of_topic)))
     gaps = heard[5:7]
-    assert [(gap.action, gap.topic) for gap in gaps] == [("gap", "a"), ("gap", "b")]
+    assert sorted((gap.action, gap.topic) for gap in gaps) == [("gap", "a"), ("gap", "b")]
     assert heard[7].data == "after"
     for gap in gaps:
         assert "keep up" in gap.data["cause"]

@@ -588,3 +588,11 @@ def test_no_reader_sees_half_a_stamp_or_an_older_one(path: str) -> None:
 
 def test_the_global_epoch_is_one_of_the_words_of_every_capture(table: EpochTable) -> None:
     assert table.capture(["a"]).epochs[0] == table.words[GLOBAL]
+
+
+def test_the_package_can_be_imported_where_there_is_no_flock() -> None:
+    modules = ["epochs.node", "epochs.counts", "caching"]
+    program = "import sys, importlib\nsys.modules['fcntl'] = None\n" + "".join(
+        f"importlib.import_module('django_pgnotify.{name}')\n" for name in modules
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=DEADLINE)
