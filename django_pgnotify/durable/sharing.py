@@ -20,8 +20,8 @@ from django.db import DatabaseError, InterfaceError, connections
 
 from ..backoff import Backoff
 from ..conf import conf
-from ..listening.connection import SERVER_KEEPALIVES, with_keepalives
-from ..listening.listener import connection_params
+from ..listening.connection import SERVER_KEEPALIVES
+from ..listening.parameters import connection_params, with_keepalives
 from ..registry import Receiver, Subscription
 from ..stats import Stats
 from .shares import PATIENCE, decide

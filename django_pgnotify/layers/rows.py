@@ -16,7 +16,7 @@ import psycopg
 from ..conf import conf
 from ..exceptions import CannotConnect, PgNotifyError, PublishError
 from ..listening.connection import Row, first_line
-from ..listening.listener import connection_params
+from ..listening.parameters import connection_params
 from .connection import LayerConnection, NotSent
 
 _PRUNE_EVERY = 10.0

@@ -18,8 +18,7 @@ import psycopg
 from psycopg import errors, pq, sql
 
 from ..exceptions import CannotConnect, ConnectionLost, StandbyServer
-
-_KEEPALIVE_SECONDS = 10
+from .parameters import with_keepalives
 
 _READS = 4
 """Times that the socket is read before what was read is handed on. libpq reads 16 kB at a time; a
@@ -252,20 +251,6 @@ class ListenConnection:
     def _detach(self) -> None:
         self._loop.remove_reader(self._fileno)
         self._loop.remove_writer(self._fileno)
-
-
-def with_keepalives(params: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """TCP's own probes, where the project has not chosen: a second line behind the heartbeat."""
-    return {
-        "application_name": "pglisten",
-        "connect_timeout": max(2, round(timeout)),
-        "keepalives": 1,
-        "keepalives_idle": _KEEPALIVE_SECONDS,
-        "keepalives_interval": _KEEPALIVE_SECONDS,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 3 * _KEEPALIVE_SECONDS * 1000,
-        **params,
-    }
 
 
 def first_line(exc: BaseException | None) -> str:

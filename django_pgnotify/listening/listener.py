@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 from collections import deque
@@ -12,7 +11,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
-from django.db import connections
 
 from .. import signals
 from ..backoff import Backoff
@@ -23,7 +21,9 @@ from ..wire import wire_channel
 from . import commands as todo
 from .commands import Command
 from .connection import ListenConnection, Notification, first_line
+from .echo import echo
 from .leadership import LeaderLock
+from .parameters import connection_params
 from .session import Session, Timing
 from .sink import Sink
 from .status import STATUS_CHANNEL, may_reply_on, status_payload
@@ -34,19 +34,6 @@ BACKOFF_BASE = 0.1
 """Upper bound, in seconds, of the first pause between attempts to connect."""
 
 OnProven = Callable[[int, frozenset[str]], None]
-
-_ECHO = (
-    b"SELECT pg_notify($1, $2), (SELECT json_agg(channel) FROM pg_listening_channels() AS channel)"
-)
-
-
-def connection_params(using: str) -> dict[str, Any]:
-    """What Django would connect ``using`` with, less what is for its own connections only."""
-    # A copy: Django pops entries of OPTIONS in some versions, and may be connecting meanwhile.
-    params = connections[using].copy().get_connection_params()
-    for name in ("cursor_factory", "context", "prepare_threshold"):
-        params.pop(name, None)
-    return params
 
 
 class Listener:
@@ -404,24 +391,9 @@ class Listener:
     async def _echo(self, nonce: str) -> None:
         connection = self._open()
         self._echo_sent, self._echo_began = self._now(), node_clock()
-        if not connection.pooled:
-            [(_, channels)] = await connection.execute(
-                _ECHO, (self._echo_channel, nonce), timeout=self._timeout
-            )
-            self._server_listens = frozenset(json.loads(channels or b"[]"))
-            return
-        # Behind a pooler our own session would answer from whichever backend it is lent for
-        # this one statement. Only a NOTIFY from elsewhere proves that the LISTEN is still ours.
-        self._server_listens = None
-        other = await ListenConnection.open(
-            connection_params(self.using), timeout=conf.CONNECT_TIMEOUT, on_input=lambda: None
+        self._server_listens = await echo(
+            connection, self.using, self._echo_channel, nonce, self._timeout
         )
-        try:
-            await other.execute(
-                b"SELECT pg_notify($1, $2)", (self._echo_channel, nonce), timeout=self._timeout
-            )
-        finally:
-            other.close()
 
     async def _hand_over(self) -> None:
         """Let a standby lead from now on, not only once our connection is gone.

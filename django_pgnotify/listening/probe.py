@@ -12,7 +12,7 @@ from ..conf import conf
 from ..exceptions import CannotConnect, ListenError
 from ..wire import wire_channel
 from .connection import ListenConnection, first_line
-from .listener import connection_params
+from .parameters import connection_params
 
 _IDENTITY = (
     b"SELECT current_database(), pg_postmaster_start_time(), inet_server_port(), current_user"

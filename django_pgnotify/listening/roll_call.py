@@ -16,7 +16,7 @@ from ..conf import conf
 from ..exceptions import ConnectionLost
 from ..wire import wire_channel
 from .connection import ListenConnection, Notification, first_line
-from .listener import connection_params
+from .parameters import connection_params
 from .status import REPLY_PREFIX, STATUS_CHANNEL
 
 _STATUS = {"node": str, "pid": int, "role": str, "topics": list, "established": bool}

@@ -22,7 +22,7 @@ from django_pgnotify import Event, signing
 from django_pgnotify.conf import conf
 from django_pgnotify.decoding import event_from, foreign_event
 from django_pgnotify.listening.intake import resolve_row
-from django_pgnotify.listening.listener import connection_params
+from django_pgnotify.listening.parameters import connection_params
 from django_pgnotify.publishing.store import fetch
 from django_pgnotify.wire import decode_frame, reference_in, stored_body, wire_channel
 

@@ -13,7 +13,7 @@ import pytest
 
 from django_pgnotify.exceptions import CannotConnect, ConnectionLost, StandbyServer
 from django_pgnotify.listening.connection import ListenConnection
-from django_pgnotify.listening.listener import connection_params
+from django_pgnotify.listening.parameters import connection_params
 from example_project.embedded import EmbeddedPostgres
 from tests.integration.recording import DEADLINE, alias_at, anotify, aterminate, client
 from tests.proxy import TCPProxy
