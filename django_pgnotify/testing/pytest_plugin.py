@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
     from .bus import InMemoryBus
     from .capture import CapturedEvents
     from .listener import RunningListener
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Behind the last test: nothing of ours is to keep the test database from being dropped."""
+    loops = sys.modules.get("django_pgnotify.layers.loops")
+    if nextitem is None and loops is not None:
+        loops.stop_all()
 
 
 @pytest.fixture
