@@ -456,7 +456,7 @@ def test_an_alias_that_is_missing_is_reported_by_receiver_failed() -> None:
     try:
         with running_listener() as listener:
             publish("rooms", 1)
-            listener.wait_for(1)
+            listener.wait_for(1, DEADLINE)
     finally:
         receiver_failed.disconnect(note)
     [failure] = failed
