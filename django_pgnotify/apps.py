@@ -17,9 +17,11 @@ class PgNotifyConfig(AppConfig):
 
     def ready(self) -> None:
         from . import checks
+        from .epochs.use import look_up_backends
         from .publishing import model_signals
 
         checks.register()
+        look_up_backends()
         post_migrate.connect(_register_consumers, sender=self, dispatch_uid="django_pgnotify")
         model_signals.track_configured_models()
         autodiscover_modules("receivers")

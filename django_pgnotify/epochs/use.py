@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import lru_cache
 from typing import Any
 
 from django.conf import settings
@@ -79,10 +80,24 @@ def _is_configured() -> bool:
     return any(uses_epochs(config.get("BACKEND")) for config in settings.CACHES.values())
 
 
+def look_up_backends() -> None:
+    """Import the backends of CACHES: at the start, because it is asked for at each publication.
+
+    A process forked while another thread imports would wait for the lock of that import for ever.
+    """
+    for config in settings.CACHES.values():
+        uses_epochs(config.get("BACKEND"))
+
+
 def uses_epochs(backend: object) -> bool:
     """Whether a BACKEND of CACHES names one that checks epochs."""
+    return isinstance(backend, str) and _checks_epochs(backend)
+
+
+@lru_cache
+def _checks_epochs(backend: str) -> bool:
     try:
-        return isinstance(backend, str) and getattr(import_string(backend), "uses_epochs", False)
+        return bool(getattr(import_string(backend), "uses_epochs", False))
     except ImportError:
         return False
 

@@ -285,7 +285,7 @@ def test_forking_without_a_pause_while_events_pour_in_disturbs_neither_side() ->
             connections.close_all()
 
         def child(number):
-            signal.alarm(50)                # a deadlock is a failure, not a wait
+            signal.alarm(20)                # a deadlock is a failure, not a wait
             publish("children", number)
             with subscribe("children") as events:
                 publish("children", number)

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from django_pgnotify.epochs import clock, mapped
+from django_pgnotify.epochs import clock, mapped, use
 from django_pgnotify.epochs import table as table_module
 from django_pgnotify.epochs.clock import WRITERS, node_clock, time_of
 from django_pgnotify.epochs.mapped import BOOT_ID, GLOBAL, HEADER_WORDS, LATEST, size_of
@@ -596,3 +596,17 @@ def test_the_package_can_be_imported_where_there_is_no_flock() -> None:
         f"importlib.import_module('django_pgnotify.{name}')\n" for name in modules
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=DEADLINE)
+
+
+def test_whether_the_table_is_in_use_is_known_without_an_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is asked at each publication, and a child may be forked while another thread imports."""
+
+    def imports(path: str) -> None:
+        raise AssertionError(f"{path} is imported")
+
+    monkeypatch.setattr(use, "import_string", imports)
+    monkeypatch.setattr(use, "_looked_at", float("-inf"))
+    monkeypatch.setattr(use, "_declared", False)
+    use.is_in_use()
