@@ -43,13 +43,22 @@ class RunningListener:
         """Return the events heard once there are ``count`` and their receivers have run.
 
         Raises:
-            TimeoutError: fewer arrived within ``timeout`` seconds; the message says how many.
+            TimeoutError: fewer arrived within ``timeout`` seconds; the message says how many, and
+                which topics are listened to.
+            ListenError: the listener has ended by an error.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self.events) >= count, timeout):
-                raise TimeoutError(
-                    f"{len(self.events)} of {count} event(s) arrived within {timeout:g} s."
-                )
+            self._changed.wait_for(
+                lambda: len(self.events) >= count or self._failure is not None, timeout
+            )
+            arrived = len(self.events)
+        self._raise_failure()
+        if arrived < count:
+            topics = ", ".join(sorted(self._require_service().topics)) or "none"
+            raise TimeoutError(
+                f"{arrived} of {count} event(s) arrived within {timeout:g} s; "
+                f"topics listened to: {topics}."
+            )
         self.settle(timeout)
         return list(self.events)
 
@@ -63,11 +72,14 @@ class RunningListener:
             done = self._changed.wait_for(
                 lambda: self._times_ready >= times or self._failure is not None, timeout
             )
-        if self._failure is not None:
-            raise ListenError("The listener of the test failed.") from self._failure
+        self._raise_failure()
         if not done:
             error = None if self.service is None else self.service.listener.last_error
             raise ListenError(f"Not established within {timeout:g} s: {error}")
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise ListenError("The listener of the test failed.") from self._failure
 
     @property
     def backend_pid(self) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from django.core.management import call_command
 from django.db import connections
 
 from django_pgnotify import publish
@@ -382,3 +383,12 @@ def test_reload_starts_and_restarts_when_code_changes(tmp_path: Path) -> None:
         family = psutil.Process(process.pid).children(recursive=True)
         process.interrupt()
         assert psutil.wait_procs(family, timeout=60)[1] == []
+
+
+def test_without_a_health_file_no_folder_needs_to_be_writable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A service runs in a folder that is not its own."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    call_command("pglisten", "--check")
+    assert "pglisten: ok" in capsys.readouterr().out

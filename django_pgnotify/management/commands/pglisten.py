@@ -81,9 +81,10 @@ class Command(BaseCommand):
                 check_topic(topic)
         except (UnsupportedDatabase, InvalidTopic) as exc:
             raise CommandError(str(exc)) from exc
-        folder = Path(options["health_file"] or ".").absolute().parent
-        if not os.access(folder, os.W_OK):
-            raise CommandError(f"--health-file: {str(folder)!r} is no folder to write to.")
+        if options["health_file"]:
+            folder = Path(options["health_file"]).absolute().parent
+            if not os.access(folder, os.W_OK):
+                raise CommandError(f"--health-file: {str(folder)!r} is no folder to write to.")
         if options["check"]:
             problem = asyncio.run(probe(using))
             if problem is not None:
