@@ -30,6 +30,13 @@ SETTINGS = "tests.faults.model.settings"
 WRITERS = 8
 CATCH_UP = 90.0
 """Seconds that the consumers get to catch up once the writers have stopped."""
+CURSOR_MOVED = """
+    CREATE FUNCTION cursor_moved() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_notify('model.cursor', NEW.name); RETURN NULL; END $$;
+    CREATE TRIGGER cursor_moved AFTER UPDATE ON pgnotify_consumer
+        FOR EACH ROW EXECUTE FUNCTION cursor_moved();
+    LISTEN "model.cursor";
+"""
 
 
 @dataclass
@@ -271,12 +278,16 @@ def _total(url: str) -> int:
 def _await_all(run: Run, ledger: dict[str, int]) -> bool:
     """Wait until every consumer has handled all; listeners that crash are replaced."""
     total, deadline = sum(ledger.values()), time.monotonic() + CATCH_UP
-    while time.monotonic() < deadline:
-        calls = _calls(run)
-        if all(len({call[2:] for call in seen}) >= total for seen in calls.values()):
-            return True
-        run.look()
-        time.sleep(0.5)
+    with psycopg.connect(run.url, autocommit=True) as admin:
+        admin.execute(CURSOR_MOVED)
+        while time.monotonic() < deadline:
+            calls = _calls(run)
+            if all(len({call[2:] for call in seen}) >= total for seen in calls.values()):
+                return True
+            run.look()
+            # At the latest when a listener may have crashed that nobody hears of.
+            for _ in admin.notifies(timeout=1, stop_after=1):
+                pass
     return False
 
 
