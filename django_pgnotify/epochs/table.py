@@ -163,16 +163,17 @@ class EpochTable:
 
     def bump(self, names: Iterable[str]) -> int:
         """Make stale what depends on any of ``names``; returns the stamp that was stored."""
-        words, slots = self._own_words(), self.slots
-        places = list({HEADER_WORDS + _hash(name) % slots for name in names})
-        stamp = self._store(words, places[:_TOGETHER])
+        places = list({HEADER_WORDS + _hash(name) % self.slots for name in names})
+        self._look()
+        stamp = self._store(places[:_TOGETHER])
         for start in range(_TOGETHER, len(places), _TOGETHER):
-            stamp = self._store(words, places[start : start + _TOGETHER])
+            stamp = self._store(places[start : start + _TOGETHER])
         return stamp
 
     def bump_all(self) -> int:
         """Make everything stale."""
-        return self._store(self._own_words(), (GLOBAL,))
+        self._look()
+        return self._store((GLOBAL,))
 
     def lease(self) -> Lease:
         """This moment. Take a lease first, load a value afterwards, and settle it then."""
@@ -195,10 +196,12 @@ class EpochTable:
             return None
         return found._replace(at=lease.at)
 
-    def _store(self, words: memoryview, places: Iterable[int]) -> int:
-        if self._writer is None:
-            self._writer = self._claim()
+    def _store(self, places: Iterable[int]) -> int:
         with self._lock:
+            # Under the lock both: another thread may map another file at any time.
+            words = self.words
+            if self._writer is None:
+                self._writer = self._claim()
             while True:
                 # Later than every stamp before, should the clock have been set back too.
                 now = max(wall_clock(), time_of(words[LATEST]) + 1)
@@ -253,14 +256,12 @@ class EpochTable:
         """
         if self.path is None or (self.is_dead and now < self._retry_at):
             return
-        try:
-            same = identity_of(os.stat(self.path, follow_symlinks=False)) == self._identity
-        except OSError:
-            same = False
-        if same:
+        if self._is_mapped():
             self.checked_until = now + LOOK_EVERY
             return
         with self._lock:
+            if self._is_mapped() or (self.is_dead and now < self._retry_at):
+                return  # another thread has, or could not, meanwhile
             try:
                 self._map()
             except InvalidEpochTable as exc:
@@ -286,6 +287,15 @@ class EpochTable:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _is_mapped(self) -> bool:
+        """Whether the file that is there is the one that is mapped; closed, there is nothing to."""
+        if self.path is None:
+            return True
+        try:
+            return identity_of(os.stat(self.path, follow_symlinks=False)) == self._identity
+        except OSError:
+            return False
+
     def _map(self) -> None:
         if self.path is None:
             return
@@ -295,11 +305,10 @@ class EpochTable:
         self.is_dead = False
         self.checked_until = node_clock() + LOOK_EVERY
 
-    def _own_words(self) -> memoryview:
-        """The words to write to: those of the file that others have, too."""
+    def _look(self) -> None:
+        """Have the words be those of the file that others have, too."""
         if self.path is not None:
             self.verify(node_clock())
-        return self.words
 
     def _claim(self) -> int:
         if self.path is None or self._identity == (0, 0, 0):

@@ -63,11 +63,12 @@ def test_members_in_two_processes_hear_each_event_once_and_in_order() -> None:
     with peer("jobs") as one, peer("jobs") as two:
         for process in (one, two):
             channel_of(process)
-        publish_many("jobs", range(100))
+        # Together fewer than a channel's capacity: a busy member may not have taken any so far.
+        publish_many("jobs", range(50))
         publish("jobs", "x" * 20_000)
         publish("jobs", "end")
         for process in (one, two):
-            assert heard(process) == [*range(100), "x" * 20_000, "end"]
+            assert heard(process) == [*range(50), "x" * 20_000, "end"]
 
 
 def test_a_channel_that_another_process_has_added_hears_too() -> None:

@@ -391,6 +391,43 @@ def test_a_bump_goes_to_the_file_that_is_there_now(path: str, table: EpochTable)
         assert not other.is_current(before)
 
 
+def test_threads_that_bump_while_the_file_is_replaced_all_do_so(
+    path: str, table: EpochTable
+) -> None:
+    rounds, threads = 300, 3
+    failed: list[BaseException] = []
+    stale: list[bool] = []
+
+    def removed() -> None:
+        os.unlink(path)
+
+    barrier = threading.Barrier(threads, removed)
+
+    def bump() -> None:
+        try:
+            for number in range(rounds):
+                barrier.wait(DEADLINE)
+                table.verify(node_clock())
+                before = table.capture(["a"])
+                if number % 2:
+                    table.bump(["a"])
+                else:
+                    table.bump_all()
+                stale.append(not table.is_current(before))
+        except BaseException as exc:
+            failed.append(exc)
+            barrier.abort()
+            raise
+
+    bumping = [threading.Thread(target=bump) for _ in range(threads)]
+    for thread in bumping:
+        thread.start()
+    for thread in bumping:
+        thread.join(DEADLINE)
+    assert not failed
+    assert stale == [True] * rounds * threads
+
+
 def test_a_table_that_is_cut_off_while_it_is_mapped_is_let_go_of_before_it_is_read(
     path: str, table: EpochTable, caplog: pytest.LogCaptureFixture
 ) -> None:
