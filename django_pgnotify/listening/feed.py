@@ -58,7 +58,11 @@ class EpochFeed:
         }
 
     def apply(self, events: Sequence[Event]) -> None:
-        """Make stale what these events tell of."""
+        """Make stale what these events tell of.
+
+        Should that fail, everything is before the next heartbeat.
+        """
+        since, self._since = self._since, None
         names: set[str] = set()
         for event in events:
             if event.topic == INVALIDATIONS and is_known_to(self.table, event.data):
@@ -73,6 +77,7 @@ class EpochFeed:
             self.table.bump_all()
         elif names:
             self.table.bump(names)
+        self._since = since
 
     def missed(self) -> None:
         """Something may not have been heard, or was heard and could not be understood."""

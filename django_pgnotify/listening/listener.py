@@ -106,6 +106,7 @@ class Listener:
         self._kicked = False
         self._waiter: asyncio.Future[None] | None = None
         self._undone: list[Command] = []
+        self._fault: Exception | None = None
 
     # -- from outside, on the same loop -----------------------------------------------------
 
@@ -154,13 +155,15 @@ class Listener:
     # -- the loop ---------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Listen until :meth:`stop`. Connection trouble never ends it."""
+        """Listen until :meth:`stop`. Connection trouble never ends it; a sink that raises does."""
         loop = asyncio.get_running_loop()
         now = loop.time
         try:
             await self._carry_out(self.session.start(now()))
             while not self._stop_requested:
                 await self._wait()
+                if self._fault is not None:
+                    raise self._fault
                 if self._wanted is not None:
                     wanted, self._wanted = self._wanted, None
                     await self._carry_out(self.session.want(now(), wanted))
@@ -199,7 +202,11 @@ class Listener:
         if self._own_channels.isdisjoint(one.channel for one in heard):
             for command in self.session.notified(self._now(), heard) if heard else ():
                 if isinstance(command, todo.Deliver):
-                    self._sink.notified(command.notifications)
+                    try:
+                        self._sink.notified(command.notifications)
+                    except Exception as exc:  # noqa: BLE001 - to end the task, not only this read
+                        self._fault = exc
+                        self.kick()
                 else:
                     self._undone.append(command)
         else:

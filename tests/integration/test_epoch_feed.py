@@ -324,6 +324,24 @@ def test_the_feed_moves_to_the_table_that_is_there(tmp_path: Path) -> None:
         assert not table.is_current(second)
 
 
+def test_after_a_failure_to_apply_everything_is_stale_before_the_next_heartbeat(
+    tmp_path: Path,
+) -> None:
+    class Unreadable:
+        @property
+        def topic(self) -> str:
+            raise RuntimeError("a mistake")
+
+    with EpochTable.open(tmp_path / "failing", 64) as table:
+        feed = EpochFeed(table, ["a"])
+        feed.proven(node_clock(), feed.channels)
+        before = table.capture([])
+        with pytest.raises(RuntimeError, match="a mistake"):
+            feed.apply([Unreadable()])  # type: ignore[list-item]
+        feed.proven(node_clock(), feed.channels)
+        assert not table.is_current(before)
+
+
 def test_pglisten_refuses_a_table_that_it_cannot_keep(settings: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_bytes(b"no table of ours")

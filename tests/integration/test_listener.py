@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +12,7 @@ from django.db import connections
 from pytest_django import Settings
 
 from django_pgnotify import signals
+from django_pgnotify.listening.connection import Notification
 from django_pgnotify.listening.listener import BACKOFF_BASE, Listener
 from example_project.embedded import EmbeddedPostgres
 from tests.integration.recording import (
@@ -428,6 +429,21 @@ async def test_ten_thousand_notifications_of_one_transaction_arrive_in_order(sin
 
 
 # -- the end ----------------------------------------------------------------------------------
+
+
+async def test_a_sink_that_raises_ends_the_listener_instead_of_losing_frames_in_silence() -> None:
+    class Broken(Sink):
+        def notified(self, notifications: Sequence[Notification]) -> None:
+            raise LookupError("a mistake")
+
+    sink = Broken()
+    task = asyncio.create_task(Listener("default", ["jobs"], sink).run())
+    async with client() as other:
+        await sink.until("established")
+        await anotify(other, "jobs", "heard by nobody")
+        async with asyncio.timeout(DEADLINE):
+            with pytest.raises(LookupError, match="a mistake"):
+                await task
 
 
 async def test_stop_closes_the_connection(sink: Sink) -> None:
