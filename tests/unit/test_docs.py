@@ -17,11 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.core.cache.backends.base import DEFAULT_TIMEOUT
 from django.core.management.base import BaseCommand
 from django.dispatch import Signal
 
 import django_pgnotify
-from django_pgnotify import caching, conf, exceptions, signals, testing
+from django_pgnotify import (
+    caching,
+    conf,
+    consumers,
+    exceptions,
+    forwarding,
+    signals,
+    streams,
+    testing,
+)
 from django_pgnotify.caching.options import _OWN
 from django_pgnotify.conf import SETTINGS
 from django_pgnotify.events import Event
@@ -217,6 +227,43 @@ def test_the_api_reference_has_every_public_name() -> None:
 
 def errors() -> list[tuple[str, type]]:
     return inspect.getmembers(exceptions, inspect.isclass)
+
+
+SIGNATURE = re.compile(r"^(async )?(\w+)(\((?:[^\n]|\n    )*\))(?: -> (.+))?$", re.MULTILINE)
+
+
+def signatures() -> dict[str, tuple[str, str, str]]:
+    """What api.md says of each name: ``async`` or nothing, its parameters, what it returns."""
+    blocks = re.findall(r"```text\n(.*?)```", page("reference/api.md"), re.DOTALL)
+    return {
+        name: (word.strip(), re.sub(r"\s+", " ", parameters), returns)
+        for word, name, parameters, returns in SIGNATURE.findall("\n".join(blocks))
+    }
+
+
+def public(name: str) -> Any:
+    places = (consumers, django_pgnotify, caching, forwarding, streams, testing)
+    return next(getattr(place, name) for place in places if hasattr(place, name))
+
+
+@pytest.mark.parametrize("name", sorted(signatures()))
+def test_a_signature_of_the_api_reference_is_that_of_the_code(name: str) -> None:
+    word, parameters, returns = signatures()[name]
+    found = inspect.signature(public(name))
+    bare = found.replace(
+        parameters=[one.replace(annotation=one.empty) for one in found.parameters.values()],
+        return_annotation=found.empty,
+    )
+    assert parameters == str(bare).replace(repr(DEFAULT_TIMEOUT), "DEFAULT_TIMEOUT")
+    assert returns in ("", found.return_annotation)
+    assert (word == "async") is inspect.iscoroutinefunction(public(name))
+
+
+def test_the_api_reference_has_the_signature_of_every_function_it_describes() -> None:
+    described = re.findall(
+        r"^\.\. autofunction:: (?:\S+\.)?(\w+)$", page("reference/api.md"), re.MULTILINE
+    )
+    assert set(described) - set(signatures()) == set()
 
 
 def test_the_options_of_a_receiver_are_listed() -> None:
