@@ -15,8 +15,10 @@ thread's. So an async test that touches the database is marked
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,6 +85,22 @@ def _no_epoch_table_left() -> Iterator[None]:
     if (path := table_path()) is not None and os.path.exists(path):
         Path(path).unlink(missing_ok=True)
         shutil.rmtree(f"{path}.counts", ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_epoch_tables_of_processes_left() -> Iterator[None]:
+    """Remove the tables that processes of the tests have made in memory, once nobody maps them."""
+    began = time.time()
+    yield
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            mapped += maps.read_text()
+    for path in Path("/dev/shm").glob("pgnotify-epochs-*"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_ctime >= began and str(path) not in mapped:
+                shutil.rmtree(f"{path}.counts", ignore_errors=True)
+                path.unlink()
 
 
 @pytest.fixture(scope="session")
