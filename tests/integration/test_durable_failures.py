@@ -47,7 +47,9 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- retries and dead letters -------------------------------------------------------------------
 
 
-def test_an_event_that_fails_becomes_a_dead_letter_and_holds_nobody_up() -> None:
+def test_an_event_that_fails_becomes_a_dead_letter_and_holds_nobody_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     picky = Picky([2])
     consume(picky)
     with running_listener(), failures() as told:
@@ -63,6 +65,7 @@ def test_an_event_that_fails_becomes_a_dead_letter_and_holds_nobody_up() -> None
     assert (failure["attempt"], failure["will_retry"]) == (1, False)
     assert failure["event"].data == 2
     assert stored().handled == 2
+    assert f"Consumer ledger failed on event {failure['event'].id}" in caplog.text
 
 
 @pytest.mark.usefixtures("_soon")
