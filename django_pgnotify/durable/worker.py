@@ -21,14 +21,14 @@ from ..backoff import Backoff
 from ..conf import conf
 from ..decoding import gap_event
 from ..events import Event
-from ..registry import Receiver, Subscription, describe
+from ..registry import Receiver, Subscription
 from ..stats import Stats
 from .calls import Calls, Limits
 from .cursor import Cursor, LogReader, Page, TransactionIdsWentBack
 from .entries import Entry, prepare
 from .epoch import Epoch, current_epoch
 from .letters import run_letters
-from .log import storable
+from .log import reason, storable
 from .state import Claim, ConsumerState, Control, CursorLost, Parked, register
 from .transactional import run_in_transactions
 
@@ -128,7 +128,7 @@ class Worker:
                 except CursorLost as exc:
                     logger.info("Consumer %s begins anew: %s", self.receiver.uid, exc)
                 except (DatabaseError, InterfaceError) as exc:
-                    self._say(f"the database cannot be used: {str(exc).splitlines()[0:1]}")
+                    self._say(f"the database cannot be used: {reason(exc, self.using)}")
                 except Exception:
                     logger.exception("Consumer %s stumbled, and goes on", self.receiver.uid)
                 if not self._stopping:
@@ -267,7 +267,7 @@ class Worker:
         event = one.event
         logger.error(
             "Consumer %s failed on event %s (%d of the log, topic %r), attempt %d%s",
-            describe(self.receiver.func),
+            self.receiver.uid,
             event.id if event is not None else "?",
             one.logged.id,
             one.logged.topic,

@@ -18,6 +18,7 @@ from ..conf import conf
 from ..events import check_actions
 from ..exceptions import InvalidArgument, ListenError, PgNotifyError
 from ..forwarding import Group, check_group
+from ..listening.connection import first_line
 from ..publishing.sender import check_alias
 from ..registry import Source, check_signature, check_sources, describe
 from .hub import Hub, stream_stats
@@ -137,7 +138,7 @@ def event_stream(
         try:
             await hub.enter()
         except (ListenError, DatabaseError, InterfaceError) as exc:
-            logger.warning("%s cannot be streamed: %s", request.path, str(exc).splitlines()[0:1])
+            logger.warning("%s cannot be streamed: %s", request.path, first_line(exc))
             return HttpResponse(
                 "The events cannot be heard now.\n",
                 status=503,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
+from django.db import ProgrammingError, connection
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -20,12 +23,13 @@ from django_pgnotify import Event, Topic, consumers, publish, publish_many, rece
 from django_pgnotify.durable import retention
 from django_pgnotify.durable.lag import lag_of
 from django_pgnotify.durable.retention import LogPruner
+from django_pgnotify.durable.waking import wake_consumers
 from django_pgnotify.exceptions import InvalidArgument, UnknownConsumer
 from django_pgnotify.models import Consumer, LoggedEvent
 from django_pgnotify.registry import Registry, registry
 from django_pgnotify.testing import running_listener
 from tests.integration.durable import LEDGER, Picky, consume, letters, register, stored, until
-from tests.integration.recording import Gate, Recorder, query
+from tests.integration.recording import DEADLINE, Gate, Recorder, query
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -135,7 +139,9 @@ def test_a_place_that_is_none_is_refused(recorder: Recorder) -> None:
             consumers.reset("ledger", place)  # type: ignore[arg-type]
     with pytest.raises(CommandError, match="go together"):
         command("pgnotify_consumers", "--reset", "ledger")
-    with pytest.raises(CommandError, match="is not a time"):
+    with pytest.raises(
+        CommandError, match=r"is not a time .*, nor one of now, beginning, continue"
+    ):
         command("pgnotify_consumers", "--reset", "ledger", "--to", "yesterday")
 
 
@@ -278,7 +284,9 @@ def test_a_replay_needs_to_be_told_which_events(recorder: Recorder) -> None:
         consumers.replay("ledger")
     with pytest.raises(InvalidArgument, match="aware"):
         consumers.replay("ledger", since=datetime(2025, 1, 1))
-    with pytest.raises(CommandError, match="Say which events"):
+    with pytest.raises(
+        CommandError, match="Say which events: --since TIME, --until TIME or --event"
+    ):
         command("pgnotify_replay", "ledger")
 
 
@@ -412,6 +420,68 @@ def test_a_receiver_that_hears_only_live_what_is_in_the_log_is_warned_of(
     [message] = [r.getMessage() for r in caplog.records if "live only" in r.getMessage()]
     assert "'ledger'" in message
     assert "only: by mistake;" in message
+
+
+# -- no tables yet --------------------------------------------------------------------------------
+
+
+@contextmanager
+def tables_missing() -> Iterator[None]:
+    """As before the first ``migrate``."""
+    tables = ("pgnotify_event_log", "pgnotify_consumer", "pgnotify_dead_letter")
+    with connection.cursor() as cursor:
+        for table in tables:
+            cursor.execute(f"ALTER TABLE {table} RENAME TO hidden_{table}")
+        try:
+            yield
+        finally:
+            for table in tables:
+                cursor.execute(f"ALTER TABLE hidden_{table} RENAME TO {table}")
+
+
+TO_DO = "tables of durable topics are missing on database 'default'; run 'manage.py migrate'"
+
+
+def test_without_tables_to_publish_and_the_commands_say_to_migrate() -> None:
+    with tables_missing():
+        with pytest.raises(ProgrammingError, match=f"not published: the {TO_DO}"):
+            publish(LEDGER, 1)
+        with pytest.raises(ProgrammingError, match=TO_DO):
+            publish_many(LEDGER, [1, 2])
+        for name in ("consumers", "deadletters", "prune"):
+            with pytest.raises(CommandError, match=TO_DO):
+                command(f"pgnotify_{name}")
+        with pytest.raises(CommandError, match=TO_DO):
+            command("pgnotify_replay", "ledger", "--event", "1")
+
+
+def test_without_tables_a_listener_says_to_migrate_and_whom_it_waits_for(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        with tables_missing():
+            registering = threads.submit(register)
+            until(lambda: "is not ready until" in caplog.text)
+        registering.result(DEADLINE)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages.count(f"Durable consumers wait for the database: the {TO_DO}") == 1
+    waits = "This listener is not ready until its durable consumers exist: ledger"
+    assert messages.count(waits) == 1
+
+
+def test_a_consumer_whose_tables_go_says_what_is_wrong_in_words(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_listener() as listener:
+        assert listener.service is not None
+        durable = listener.service.durable
+        until(lambda: durable.held == ["ledger"])
+        with tables_missing():
+            wake_consumers("default")
+            until(lambda: "Consumer ledger waits" in caplog.text)
+        publish(LEDGER, 1)
+        recorder.wait_for(1)
+    assert f"Consumer ledger waits: the database cannot be used: the {TO_DO}" in caplog.text
 
 
 # -- restored and copied databases ----------------------------------------------------------------
