@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.contrib.messages import get_messages
 from django.core.management import CommandError, call_command
 from django.db import ProgrammingError, connection
 from django.test import Client
@@ -564,20 +565,21 @@ def page(admin: Client, model: str, **query_: str) -> str:
     return answer.content.decode()
 
 
-def act(admin: Client, model: str, action: str, *pks: int) -> None:
+def act(admin: Client, model: str, action: str, *pks: int) -> str:
     answer = admin.post(
         reverse(f"admin:django_pgnotify_{model}_changelist"),
         {"action": action, "_selected_action": [str(pk) for pk in pks]},
     )
     assert answer.status_code == 302
+    return str(list(get_messages(answer.wsgi_request))[-1])
 
 
 def test_the_log_can_be_read_and_filtered_and_not_changed(admin: Client) -> None:
     publish_many(LEDGER, range(3), key="k1")
     publish(Topic("other", "durable"), 1)
-    assert "4 event log" in page(admin, "loggedevent")
-    assert re.search(r"\b1 event\s", page(admin, "loggedevent", topic="other"))
-    assert "3 event log" in page(admin, "loggedevent", q="k1")
+    assert "4 logged events" in page(admin, "loggedevent")
+    assert re.search(r"\b1 logged event\s", page(admin, "loggedevent", topic="other"))
+    assert "3 logged events" in page(admin, "loggedevent", q="k1")
     row = LoggedEvent.objects.first()
     assert row is not None
     shown = admin.get(reverse("admin:django_pgnotify_loggedevent_change", args=[row.pk]))
@@ -591,12 +593,13 @@ def test_consumers_are_shown_with_their_lag_and_paused_in_the_admin(
     register()
     publish_many(LEDGER, range(7))
     assert '<td class="field-events_behind">7</td>' in page(admin, "consumer")
-    act(admin, "consumer", "pause", stored().pk)
+    assert act(admin, "consumer", "pause", stored().pk) == "ledger: paused."
     assert stored().paused
     assert "paused" in page(admin, "consumer")
-    act(admin, "consumer", "resume", stored().pk)
+    assert act(admin, "consumer", "resume", stored().pk) == "ledger: resumed."
     assert not stored().paused
-    act(admin, "consumer", "skip_to_now", stored().pk)
+    done = act(admin, "consumer", "skip_to_now", stored().pk)
+    assert done == "ledger: set to go on from now."
     assert lag_of(stored()).events == 0
 
 
@@ -613,6 +616,9 @@ def test_dead_letters_are_requeued_and_discarded_in_the_admin(admin: Client) -> 
                 reverse("admin:django_pgnotify_deadletter_change", args=[first.pk])
             ).content.decode()
         )
+        assert str(first) == f"event {first.event_id} of ledger for ledger"
+        shown = page(admin, "deadletter")
+        assert '<td class="field-last_error">ValueError: cannot take 1</td>' in shown
         assert "2 dead letters" in page(admin, "deadletter", state="dead")
         assert "0 dead letters" in page(admin, "deadletter", state="waiting")
         picky.bad.clear()
