@@ -189,7 +189,7 @@ async def _refusal(
         problem = f"At most {most} groups in one stream; these are {len(groups)}."
     elif not all(map(valid_group, groups)):
         wrong = next(name for name in sorted(groups) if not valid_group(name))
-        problem = f"{ascii(wrong[:99])} is no group: {GROUP_NAMES}."
+        problem = f"{wrong[:99]!a} is no group: {GROUP_NAMES}."
     else:
         for name in sorted(groups):
             if not await permission.allows(subscriber, name):
