@@ -209,6 +209,49 @@ def test_synchronous_code_works_again_after_the_thread_was_stopped(
         stop_layers()
 
 
+def test_the_loop_of_passing_ones_runs_before_anybody_is_sent_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where its thread is slow to begin, the first call was refused."""
+    stop_layers()
+    returned = threading.Event()
+    run = loops.Home._run
+
+    def run_late(home: loops.Home) -> None:
+        returned.wait(0.1)
+        run(home)
+
+    monkeypatch.setattr(loops.Home, "_run", run_late)
+    home = loops.home_loop()
+    running = home.is_running()
+    returned.set()
+    stop_layers()
+    assert running
+
+
+async def nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize("closed", ["before", "after"])
+async def test_a_loop_that_ends_while_it_is_asked_refuses_and_nobody_waits_for_ever(
+    closed: str,
+) -> None:
+    other = asyncio.new_event_loop()
+    loops._close_with(other)
+    if closed == "before":
+        other.close()
+    other.is_running = lambda: True  # type: ignore[method-assign]  # as it did a moment ago
+    asking = asyncio.create_task(loops.run_on(other, nothing))
+    await asyncio.sleep(0)
+    if closed == "after":
+        del other.is_running
+        other.close()
+    with pytest.raises(PublishError, match="does not run"):
+        await asyncio.wait_for(asking, DEADLINE)
+    assert other not in loops._calls
+
+
 async def test_synchronous_code_below_a_running_loop_uses_that_loop(
     layer: PostgresChannelLayer,
 ) -> None:
