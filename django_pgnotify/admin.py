@@ -114,16 +114,26 @@ class ConsumerAdmin(ReadOnly):
     def pause(self, request: HttpRequest, chosen: QuerySet[Consumer]) -> None:
         for consumer in chosen:
             consumers.pause(consumer.name, chosen.db)
+        self._say(request, f"{_names(chosen)}: paused.")
 
     @admin.action(description="Resume", permissions=["change"])
     def resume(self, request: HttpRequest, chosen: QuerySet[Consumer]) -> None:
         for consumer in chosen:
             consumers.resume(consumer.name, chosen.db)
+        self._say(request, f"{_names(chosen)}: resumed.")
 
     @admin.action(description="Go on from now, skipping what is behind", permissions=["change"])
     def skip_to_now(self, request: HttpRequest, chosen: QuerySet[Consumer]) -> None:
         for consumer in chosen:
             consumers.reset(consumer.name, "now", chosen.db)
+        self._say(request, f"{_names(chosen)}: set to go on from now.")
+
+    def _say(self, request: HttpRequest, text: str) -> None:
+        self.message_user(request, text, messages.SUCCESS)
+
+
+def _names(chosen: QuerySet[Consumer]) -> str:
+    return ", ".join(consumer.name for consumer in chosen)
 
 
 class Waiting(admin.SimpleListFilter):
@@ -143,7 +153,10 @@ class Waiting(admin.SimpleListFilter):
 
 @admin.register(DeadLetter)
 class DeadLetterAdmin(ReadOnly):
-    list_display = ("event_id", "consumer", "topic", "key", "attempts", "failed_at", "retry_at")
+    list_display = (
+        *("event_id", "consumer", "topic", "key", "attempts", "failed_at", "retry_at"),
+        "last_error",
+    )
     list_filter = (Waiting, "consumer", "failed_at")
     list_select_related = ("consumer",)
     search_fields = ("=key", "error")
@@ -152,6 +165,10 @@ class DeadLetterAdmin(ReadOnly):
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False  # "discard" says what it is
+
+    @admin.display(description="error")
+    def last_error(self, letter: DeadLetter) -> str:
+        return consumers.error_line(letter)
 
     @admin.action(description="Requeue: try again", permissions=["change"])
     def requeue(self, request: HttpRequest, chosen: QuerySet[DeadLetter]) -> None:

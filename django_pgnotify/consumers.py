@@ -207,6 +207,11 @@ def dead_letters(name: str | None = None, using: str | None = None) -> QuerySet[
     return letters if name is None else letters.filter(consumer=consumer(name, using))
 
 
+def error_line(letter: DeadLetter) -> str:
+    """What the last attempt raised: the last line of its traceback, cut."""
+    return (letter.error.strip().splitlines() or [""])[-1][:100]
+
+
 def requeue(letters: QuerySet[DeadLetter]) -> int:
     """Have events tried again, with all attempts before them; returns how many."""
     count = letters.order_by().update(retry_at=Now(), attempts=0)

@@ -106,6 +106,9 @@ def forward(
 
     target = group if isinstance(group, str) else describe(group)
     names = ",".join(source_name(one) for one in sources)
+    # What messages call it: "django_pgnotify.forward(shop.order -> order.{pk})".
+    forward_event.__module__ = "django_pgnotify"
+    forward_event.__qualname__ = f"forward({names} -> {target})"
     purpose: dict[str, Any] = {"layer": layer}
     if direct:
         purpose["direct"] = Direct(partial(groups_of, group), message_of)

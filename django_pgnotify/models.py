@@ -65,8 +65,7 @@ class LoggedEvent(models.Model):
     class Meta:
         db_table = "pgnotify_event_log"
         default_permissions = ("view",)
-        verbose_name = "event"
-        verbose_name_plural = "event log"
+        verbose_name = "logged event"
         indexes = (models.Index(fields=["topic", "xid", "id"], name="pgnotify_event_log_new"),)
 
     def __str__(self) -> str:
@@ -139,7 +138,7 @@ class DeadLetter(models.Model):
         indexes = (models.Index(fields=["consumer", "retry_at"], name="pgnotify_dead_letter_due"),)
 
     def __str__(self) -> str:
-        return f"event {self.event_id} for {self.consumer_id}"
+        return f"event {self.event_id} of {self.topic} for {self.consumer.name}"
 
 
 class LayerMessage(models.Model):

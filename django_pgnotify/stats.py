@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import Counter
 
 
@@ -19,6 +20,7 @@ class Stats:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self.renew_lock()
+        _all.add(self)
 
     def renew_lock(self) -> None:
         self._lock = threading.Lock()
@@ -38,9 +40,17 @@ class Stats:
             return dict(self._counts)
 
 
+_all: weakref.WeakSet[Stats] = weakref.WeakSet()
+
 publishing_stats = Stats()
 """What this process published, over all databases."""
 
+
+def _renew_locks() -> None:
+    for stats in _all:
+        stats.renew_lock()
+
+
 if hasattr(os, "register_at_fork"):
-    # Another thread may have held the lock at the moment of the fork, and is not in the child.
-    os.register_at_fork(after_in_child=publishing_stats.renew_lock)
+    # Another thread may have held a lock at the moment of the fork, and is not in the child.
+    os.register_at_fork(after_in_child=_renew_locks)

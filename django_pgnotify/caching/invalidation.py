@@ -120,6 +120,9 @@ def invalidates(
     names = ",".join(source_name(one) for one in sources)
     named = bool(templates or tag_templates)
     what = ",".join(templates + tag_templates) if named else describe(keys)  # type: ignore[arg-type]
+    # What messages call it: "django_pgnotify.invalidates(shop.order -> order:{pk})".
+    invalidate.__module__ = "django_pgnotify"
+    invalidate.__qualname__ = f"invalidates({names} -> {what})"
     purpose: dict[str, Any] = {"names": names_of_event} if named else {}
     if templates or callable(keys):
         purpose["cache"] = cache

@@ -126,6 +126,6 @@ def _text(arguments: Arguments, name: str, value: Any) -> str:
         )
         return f"dict({','.join(pairs)})"
     raise InvalidArgument(
-        f"{arguments.name} was called with {name}= a {kind.__qualname__}, which has no text that "
-        f"surely stands for it alone. Pass its primary key, or give key= to cached()."
+        f"{arguments.name} was called with {name}= of type {kind.__qualname__}, which has no text "
+        f"that surely stands for it alone. Pass its primary key, or give key= to cached()."
     )

@@ -12,6 +12,7 @@ from django.core.cache.backends.base import DEFAULT_TIMEOUT
 from ..epochs.names import check_tags, model_tag, tag_name
 from ..epochs.table import Lease
 from ..exceptions import InvalidArgument
+from ..labels import model_of
 from ..registry import is_model, model_label, registry
 from .flights import afly, fly
 from .leases import Load, current_load, loading
@@ -59,9 +60,9 @@ def model_tag_of(source: Any) -> str:
     model = source
     if isinstance(source, str):
         try:
-            model = apps.get_model(source)
-        except (LookupError, ValueError) as exc:
-            raise InvalidArgument(f"depends_on= names {source!r}, and {exc}.") from None
+            model = model_of(source)
+        except InvalidArgument as exc:
+            raise InvalidArgument(f"depends_on= {source!r}: {exc}") from None
     elif is_model(type(source)):
         model, row = type(source), source.pk
         if row is None:

@@ -200,14 +200,21 @@ class Dispatcher:
     # -- the end ------------------------------------------------------------------------------
 
     async def settled(self) -> None:
-        """Wait until every event handed over so far has been handled."""
+        """Wait until every event handed over so far has been handled, or told of by a gap."""
         self._settling += 1
         try:
-            while not all(lane.idle for _, lane in self._routes):
+            while self._unsettled:
                 self._idle.clear()
                 await self._idle.wait()
         finally:
             self._settling -= 1
+
+    @property
+    def _unsettled(self) -> bool:
+        # A lane that has emptied may have a gap coming, of which the loop has yet to hear.
+        if self._overflowing and not self._stopping:
+            return True
+        return not all(lane.idle for _, lane in self._routes)
 
     async def drain(self, timeout: float) -> bool:
         """Finish what runs and what waits, within ``timeout`` seconds; tells whether it did."""

@@ -33,14 +33,16 @@ class Batch:
     Attributes:
         events: the lane may cut off the end of it, while the worker goes through it.
         handled: how many have been; the worker counts.
+        failed: the one that the receiver raised at; by then it may have been cut off.
     """
 
-    __slots__ = ("events", "handled", "share")
+    __slots__ = ("events", "failed", "handled", "share")
 
     def __init__(self, events: list[Event], share: int) -> None:
         self.events = events
         self.share = share
         self.handled = 0
+        self.failed = events[0]
 
 
 class Lane:

@@ -212,6 +212,7 @@ class Runner:
                 if not batch.handled & LOOK_AT_CLOCK and time.monotonic() > until:
                     break
         except BaseException as exc:  # noqa: BLE001 - sys.exit() in a receiver is its failure
+            batch.failed = event
             return exc
         return None
 
@@ -280,6 +281,7 @@ class Runner:
                 batch.handled += 1
                 lane.finish(batch)
                 raise
+            batch.failed = event
             return exc
         return None
 
@@ -303,7 +305,7 @@ class Runner:
             if batch.handled:
                 self._stats.add("handled", batch.handled)
             if exc is not None:
-                failure = self._failed(lane, batch.events[batch.handled], retry, exc)
+                failure = self._failed(lane, batch.failed, retry, exc)
                 yield failure
                 if failure.will_retry:
                     kept = lane.finish(batch, keep=True)

@@ -5,9 +5,12 @@ Not an executor: a future, and a loop woken for each result, would cost more tha
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+
+logger = logging.getLogger("django_pgnotify.dispatching")
 
 Work = Callable[[], None]
 
@@ -28,19 +31,33 @@ class Threads:
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0
+        """Threads that wait for work, less works that wait for a thread."""
         self._threads: list[threading.Thread] = []
 
     def run(self, work: Work) -> None:
-        """Have a thread call ``work``, which must not raise."""
+        """Have a thread call ``work``, which must not raise.
+
+        Raises:
+            RuntimeError: no thread can be started, and there is none.
+        """
         with self._lock:
-            if self._idle > 0:
+            if self._idle > 0 or len(self._threads) >= self._most or not self._start():
                 self._idle -= 1
-            elif len(self._threads) < self._most:
-                name = f"{self._name}-{len(self._threads) + 1}"
-                thread = threading.Thread(target=self._serve, name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
         self._work.put(work)
+
+    def _start(self) -> bool:
+        """Start a thread for the work at hand; False where it has to wait for another's end."""
+        name = f"{self._name}-{len(self._threads) + 1}"
+        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            if not self._threads:
+                raise
+            logger.warning("%d thread(s) have to do for receivers: %s", len(self._threads), exc)
+            return False
+        self._threads.append(thread)
+        return True
 
     def close(self, *, wait: bool) -> None:
         """Let the threads end once they have nothing to do, and ``wait`` for it or not."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from django.db import ProgrammingError
+
 from ..conf import conf
 from ..publishing.sender import current_transport, own_connection
 from ..stats import publishing_stats
@@ -39,6 +41,40 @@ def append(events: Sequence[Outgoing], using: str) -> None:
     """
     if not getattr(current_transport(), "keeps_log", True):
         return  # a test's transport, which delivers without PostgreSQL
+    try:
+        _insert(events, using)
+    except ProgrammingError as exc:
+        if not is_missing_table(exc):
+            raise
+        problem = f"The event was not published: {missing_tables(using)}."
+        raise ProgrammingError(problem) from exc.__cause__
+    publishing_stats.add("logged", len(events))
+
+
+def is_missing_table(exc: BaseException) -> bool:
+    """Whether a statement failed because a table of ours is not there."""
+    sqlstate = getattr(exc, "sqlstate", None) or getattr(exc.__cause__, "sqlstate", None)
+    return sqlstate == "42P01" and "pgnotify_" in str(exc)
+
+
+def reason(exc: BaseException, using: str) -> str:
+    """What an error of the log's database says, in one line; what to do, where that is known."""
+    if is_missing_table(exc):
+        return missing_tables(using)
+    lines = str(exc).strip().splitlines()
+    return lines[0] if lines else type(exc).__name__
+
+
+def missing_tables(using: str) -> str:
+    """What to say where the tables have not been made."""
+    where = "" if using == "default" else f" --database={using}"
+    return (
+        f"the tables of durable topics are missing on database {using!r}; "
+        f"run 'manage.py migrate{where}'"
+    )
+
+
+def _insert(events: Sequence[Outgoing], using: str) -> None:
     with own_connection(using).cursor() as cursor:
         if len(events) == 1:
             topic, key, body, _ = events[0]
@@ -50,4 +86,3 @@ def append(events: Sequence[Outgoing], using: str) -> None:
                 )
                 columns = (list(topics), list(map(storable, keys)), list(bodies))
                 cursor.execute(_INSERT_MANY, (conf.source, *columns))
-    publishing_stats.add("logged", len(events))

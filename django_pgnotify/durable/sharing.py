@@ -24,6 +24,7 @@ from ..listening.connection import SERVER_KEEPALIVES
 from ..listening.parameters import connection_params, with_keepalives
 from ..registry import Receiver, Subscription
 from ..stats import Stats
+from .log import reason
 from .shares import PATIENCE, decide
 from .state import register
 from .worker import Observe, Worker
@@ -125,9 +126,14 @@ class Consumers:
             try:
                 self._share(pauses)
             except _TROUBLE as exc:
-                cause = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+                cause = reason(exc, self._using)
                 if cause != said:
                     logger.error("Durable consumers wait for the database: %s", cause)
+                    if self._registered is not None:
+                        logger.warning(
+                            "This listener is not ready until its durable consumers exist: %s",
+                            ", ".join(self._entries),
+                        )
                 said = cause
             except Exception:
                 logger.exception("Durable consumers stumbled, and go on")

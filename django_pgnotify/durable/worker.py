@@ -21,14 +21,14 @@ from ..backoff import Backoff
 from ..conf import conf
 from ..decoding import gap_event
 from ..events import Event
-from ..registry import Receiver, Subscription, describe
+from ..registry import Receiver, Subscription
 from ..stats import Stats
 from .calls import Calls, Limits
 from .cursor import Cursor, LogReader, Page, TransactionIdsWentBack
 from .entries import Entry, prepare
 from .epoch import Epoch, current_epoch
 from .letters import run_letters
-from .log import storable
+from .log import reason, storable
 from .state import Claim, ConsumerState, Control, CursorLost, Parked, register
 from .transactional import run_in_transactions
 
@@ -80,7 +80,7 @@ class Worker:
         """Events that are to have a transaction each, because one of them has failed."""
         self._observe = observe
         self._awake = threading.Event()
-        self._stopping = False
+        self._stop = threading.Event()
         self._said = ""
         self._letters_due: float | None = None
         self._thread = threading.Thread(
@@ -105,35 +105,36 @@ class Worker:
 
     def stop(self) -> None:
         """Finish the event at hand, store the cursor, and end."""
-        self._stopping = True
+        self._stop.set()
         self._awake.set()
 
     @property
     def stopping(self) -> bool:
-        return self._stopping
+        return self._stop.is_set()
 
     @property
     def _halted(self) -> bool:
         """Whether it is to begin nothing more now."""
-        return self._stopping or self.state.paused
+        return self.stopping or self.state.paused
 
     # -- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
         pauses = Backoff(0.1, TROUBLE_CAP)
         try:
-            while not self._stopping:
+            while not self.stopping:
                 try:
                     self._consume(pauses)
                 except CursorLost as exc:
                     logger.info("Consumer %s begins anew: %s", self.receiver.uid, exc)
                 except (DatabaseError, InterfaceError) as exc:
-                    self._say(f"the database cannot be used: {str(exc).splitlines()[0:1]}")
+                    self._say(f"the database cannot be used: {reason(exc, self.using)}")
                 except Exception:
                     logger.exception("Consumer %s stumbled, and goes on", self.receiver.uid)
-                if not self._stopping:
+                if not self.stopping:
                     self._close_connection()
-                    self._awake.wait(pauses.next())
+                    # Not to be woken by news, which would come as often as somebody publishes.
+                    self._stop.wait(pauses.next())
             self._let_go()
         finally:
             self.calls.close()
@@ -145,7 +146,7 @@ class Worker:
         self._check_epoch(claim)
         self.reader.reset()
         cursor = claim.cursor
-        while not self._stopping:
+        while not self.stopping:
             # Cleared before the look that it guards.
             self._awake.clear()
             control = self.state.control()
@@ -160,7 +161,7 @@ class Worker:
                 except TransactionIdsWentBack as exc:
                     self.state.stop_for_resync(f"transaction ids went back: {exc}")
             pauses.reset()
-            if not self._stopping:
+            if not self.stopping:
                 self._awake.wait(self._pause())
 
     def _pause(self) -> float:
@@ -213,7 +214,7 @@ class Worker:
             ready.append(one.event)
         if not ready:
             return 1, [self.unusable(waiting[0])]
-        limits = Limits(time.monotonic() + SLICE, lambda: self._stopping)
+        limits = Limits(time.monotonic() + SLICE, lambda: self.stopping)
         outcomes = self.calls.run(ready, blocked, limits)
         parked = []
         for place, (one, outcome) in enumerate(zip(waiting, outcomes, strict=False)):
@@ -267,7 +268,7 @@ class Worker:
         event = one.event
         logger.error(
             "Consumer %s failed on event %s (%d of the log, topic %r), attempt %d%s",
-            describe(self.receiver.func),
+            self.receiver.uid,
             event.id if event is not None else "?",
             one.logged.id,
             one.logged.topic,

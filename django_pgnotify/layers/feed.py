@@ -27,6 +27,9 @@ from ..stats import Stats
 logger = logging.getLogger("django_pgnotify.layers")
 
 
+_beginning_anew = threading.Lock()
+
+
 class Direct(Protocol):
     """How an event is forwarded: ``purpose["direct"]`` of the receiver."""
 
@@ -55,10 +58,10 @@ class DirectFeed:
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child."""
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._routes: list[tuple[Receiver, frozenset[Stream]]] = []
         self._subscriptions: list[Subscription] = []
+        self._pid = os.getpid()  # last: another thread may be looking
 
     async def listening(self) -> None:
         """Return once every later event that is forwarded to this layer directly will be heard.
@@ -67,7 +70,9 @@ class DirectFeed:
             ListenError: that is not so within ``PGNOTIFY_CONNECT_TIMEOUT``.
         """
         if self._pid != os.getpid():
-            self._reset()
+            with _beginning_anew:
+                if self._pid != os.getpid():
+                    self._reset()
         with self._lock:
             if not all(subscription.alive for subscription in self._subscriptions):
                 self._subscriptions = []

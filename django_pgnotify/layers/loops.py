@@ -13,7 +13,7 @@ import os
 import threading
 import types
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -33,6 +33,8 @@ generation = 0
 """Counts the forks between the first process and this one: what is of another is not ours."""
 
 _hubs: dict[Loop, dict[tuple[str, str], Hub]] = {}
+_calls: dict[Loop, set[Future[Any]]] = {}
+"""What other loops wait for, by the loop that is to do it."""
 _inherited: list[object] = []
 _guard = threading.Lock()
 
@@ -66,6 +68,7 @@ def _close_with(loop: Loop) -> None:
         if not loop.is_running():
             _end(loop)
         close()
+        _refuse_calls(loop)
 
     # As an attribute of this one loop: neither asyncio nor uvloop has a hook for its end.
     loop.close = types.MethodType(close_hubs_too, loop)  # type: ignore[method-assign]
@@ -109,8 +112,11 @@ class Home:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        running = threading.Event()
+        self.loop.call_soon(running.set)
         self._thread = threading.Thread(target=self._run, name="pgnotify-layer", daemon=True)
         self._thread.start()
+        running.wait()  # else whoever is first may find a loop that does not run
 
     @property
     def alive(self) -> bool:
@@ -139,6 +145,7 @@ class Home:
                 for task in calls:
                     task.cancel()
             self.loop.close()
+            _refuse_calls(self.loop)
 
 
 _home: Home | None = None
@@ -175,7 +182,7 @@ async def run_on(
         PublishError: that loop does not run.
     """
     if not loop.is_running():
-        raise PublishError("The channel belongs to an event loop that does not run any more.")
+        raise _ended()
     future: Future[T] = Future()
     there: list[asyncio.Task[None]] = []
 
@@ -201,7 +208,14 @@ async def run_on(
         for task in there:
             task.cancel()
 
-    loop.call_soon_threadsafe(start)
+    # It may end at any moment: what it has not begun by then is refused when it is closed.
+    calls = _calls.setdefault(loop, set())
+    calls.add(future)
+    try:
+        loop.call_soon_threadsafe(start)
+    except RuntimeError:
+        _refuse_calls(loop)
+        raise _ended() from None
     try:
         return await asyncio.shield(asyncio.wrap_future(future))
     except asyncio.CancelledError:
@@ -210,6 +224,19 @@ async def run_on(
         elif undo is not None and not future.cancelled() and future.exception() is None:
             loop.call_soon_threadsafe(undo, future.result())
         raise
+    finally:
+        calls.discard(future)
+
+
+def _refuse_calls(loop: Loop) -> None:
+    """Tell whoever waits for a loop that has been closed."""
+    for future in list(_calls.pop(loop, ())):
+        with suppress(InvalidStateError):  # it is done
+            future.set_exception(_ended())
+
+
+def _ended() -> PublishError:
+    return PublishError("The channel belongs to an event loop that does not run any more.")
 
 
 # -- the end, and forks -------------------------------------------------------------------------
@@ -234,6 +261,7 @@ def _forget_in_child() -> None:
     # To collect them would close the parent's connections in its name.
     _inherited.extend([_home, dict(_hubs)])
     _hubs.clear()
+    _calls.clear()
     _home = None
 
 

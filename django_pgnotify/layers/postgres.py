@@ -116,13 +116,13 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         self.feed: Feed | None = DirectFeed(self, self._listen_alias)
         """Hears in this process what groups are to be told, and calls :meth:`deliver`."""
         self._reset()
-        _layers.add(self)
+        _layers.append(weakref.ref(self, _layers.remove))
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, which has no part in its parent's groups."""
-        self._generation = loops.generation
         self._ports: dict[asyncio.AbstractEventLoop, Port] = {}
         self._owners: dict[str, Port] = {}
+        self._generation = loops.generation  # last: another thread may be looking
 
     # -- Channels API -------------------------------------------------------------------------
 
@@ -302,7 +302,9 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
     def _port(self) -> Port | None:
         """The port on the running loop; None where the loop is there for one call only."""
         if self._generation != loops.generation:
-            self._reset()
+            with loops._guard:
+                if self._generation != loops.generation:
+                    self._reset()
         loop = asyncio.get_running_loop()
         port = self._ports.get(loop)
         if port is None:
@@ -345,12 +347,14 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             self.require_valid_channel_name(channel)
 
 
-_layers: weakref.WeakSet[PostgresChannelLayer] = weakref.WeakSet()
+# A list, and not a WeakSet, because one thread may make a layer while another one ends a loop.
+_layers: list[weakref.ref[PostgresChannelLayer]] = []
 
 
 def _forget(loop: asyncio.AbstractEventLoop) -> None:
-    for layer in list(_layers):
-        layer._forget(loop)
+    for ref in _layers.copy():
+        if (layer := ref()) is not None:
+            layer._forget(loop)
 
 
 loops.on_loop_closed.append(_forget)

@@ -8,12 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from django.core.management.base import CommandError
+from django.db import connections
 from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 
 from django_pgnotify.conf import conf
 from django_pgnotify.consumers import state_of
 from django_pgnotify.durable.lag import Lag
+from django_pgnotify.durable.log import missing_tables
 from django_pgnotify.exceptions import UnsupportedDatabase
 from django_pgnotify.models import Consumer
 from django_pgnotify.publishing.sender import check_alias
@@ -28,11 +30,20 @@ def add_database(parser: argparse.ArgumentParser) -> None:
 
 
 def database(alias: str | None) -> str:
-    """The alias given, or the default; CommandError where it is not PostgreSQL."""
+    """The alias given, or the default.
+
+    Raises:
+        CommandError: it is not PostgreSQL, or has not the tables of durable topics.
+    """
     try:
-        return check_alias(alias or conf.DATABASE)
+        using = check_alias(alias or conf.DATABASE)
     except UnsupportedDatabase as exc:
         raise CommandError(str(exc)) from exc
+    with connections[using].cursor() as cursor:
+        cursor.execute("SELECT to_regclass(%s) IS NULL", [Consumer._meta.db_table])
+        if cursor.fetchone() == (True,):
+            raise CommandError(f"pgnotify: {missing_tables(using)}.")
+    return using
 
 
 def moment(text: str) -> datetime:

@@ -129,8 +129,7 @@ TABLES: list[Any] = [
             ),
         ],
         options={
-            "verbose_name": "event",
-            "verbose_name_plural": "event log",
+            "verbose_name": "logged event",
             "db_table": "pgnotify_event_log",
             "default_permissions": ("view",),
             "indexes": [models.Index(fields=["topic", "xid", "id"], name="pgnotify_event_log_new")],

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar, overload
 
-from django.apps import apps
 from django.db import DatabaseError, connections, router, transaction
 from django.db.models import Model
 from django.db.models.fields.related import lazy_related_operation
@@ -21,6 +20,7 @@ from django.db.models.signals import (
 from ..conf import conf
 from ..events import MODEL_ACTIONS, Action, Delivery, check_actions, check_delivery, check_topic
 from ..exceptions import InvalidArgument, PgNotifyError, UnsupportedDatabase
+from ..labels import model_of
 from ..registry import Publication, is_model, model_label, registry
 from ..wire import Outgoing
 from . import changes
@@ -233,8 +233,8 @@ def track_configured_models() -> None:
         return  # conf.problems() reports it
     for label, options in configured.items():
         try:
-            _publish_changes_of(apps.get_model(label), dict.fromkeys(("fields",)) | options)
-        except (LookupError, PgNotifyError) as exc:
+            _publish_changes_of(model_of(label), dict.fromkeys(("fields",)) | options)
+        except PgNotifyError as exc:
             configuration_errors.append(f"PGNOTIFY_MODELS[{label!r}]: {exc}")
             logger.error("%s", configuration_errors[-1])
 

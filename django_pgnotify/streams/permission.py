@@ -23,6 +23,8 @@ logger = logging.getLogger("django_pgnotify.streams")
 valid_group = re.compile(r"[a-zA-Z0-9._-]{1,99}", re.ASCII).fullmatch
 """Whether Channels takes a text as the name of a group."""
 
+GROUP_NAMES = "a group's name has 1 to 99 ASCII letters, digits, hyphens, underscores or dots"
+
 
 @dataclass(frozen=True, slots=True)
 class Subscriber:

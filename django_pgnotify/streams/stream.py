@@ -19,6 +19,7 @@ from ..durable.cursor import TransactionIdsWentBack
 from ..events import Action, Event
 from ..exceptions import ListenError
 from ..forwarding import Group, groups_of, plain_event
+from ..listening.connection import first_line
 from . import frames
 from .hub import CannotBeShown, Hub, Item, Queue, stream_stats
 from .permission import Subscriber
@@ -137,7 +138,7 @@ class BrowserStream:
             yield self._gap(self._hub.durable_topics, None, cause, id=self._id())
         except (DatabaseError, InterfaceError, ListenError) as exc:
             # The browser comes back, and is where it was.
-            logger.warning("A stream ends: %s", str(exc).splitlines()[0:1])
+            logger.warning("A stream ends: %s", first_line(exc))
         finally:
             self.close()
 

@@ -22,6 +22,7 @@ from ..conf import conf
 from ..durable.cursor import Cursor, LogReader, Page, Snapshot, TransactionIdsWentBack
 from ..durable.entries import prepare
 from ..durable.epoch import current_epoch
+from ..durable.log import reason
 from ..events import Event
 from ..exceptions import ListenError
 
@@ -88,7 +89,7 @@ class LogTail:
             try:
                 await self._sweep(reader)
             except (DatabaseError, InterfaceError) as exc:
-                logger.warning("The event log cannot be read: %s", str(exc).splitlines()[0:1])
+                logger.warning("The event log cannot be read: %s", reason(exc, self._using))
                 reader.reset()
                 await asyncio.sleep(pauses.next())
                 continue

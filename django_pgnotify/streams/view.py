@@ -18,10 +18,11 @@ from ..conf import conf
 from ..events import check_actions
 from ..exceptions import InvalidArgument, ListenError, PgNotifyError
 from ..forwarding import Group, check_group
+from ..listening.connection import first_line
 from ..publishing.sender import check_alias
 from ..registry import Source, check_signature, check_sources, describe
 from .hub import Hub, stream_stats
-from .permission import Permission, Permit, Subscriber, valid_group
+from .permission import GROUP_NAMES, Permission, Permit, Subscriber, valid_group
 from .stream import BrowserStream, Data, Filter, Options
 
 logger = logging.getLogger("django_pgnotify.streams")
@@ -137,7 +138,7 @@ def event_stream(
         try:
             await hub.enter()
         except (ListenError, DatabaseError, InterfaceError) as exc:
-            logger.warning("%s cannot be streamed: %s", request.path, str(exc).splitlines()[0:1])
+            logger.warning("%s cannot be streamed: %s", request.path, first_line(exc))
             return HttpResponse(
                 "The events cannot be heard now.\n",
                 status=503,
@@ -187,7 +188,8 @@ async def _refusal(
     elif len(groups) > most:
         problem = f"At most {most} groups in one stream; these are {len(groups)}."
     elif not all(map(valid_group, groups)):
-        problem = "A group's name has 1 to 99 ASCII letters, digits, hyphens, underscores or dots."
+        wrong = next(name for name in sorted(groups) if not valid_group(name))
+        problem = f"{wrong[:99]!a} is no group: {GROUP_NAMES}."
     else:
         for name in sorted(groups):
             if not await permission.allows(subscriber, name):

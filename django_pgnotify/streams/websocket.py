@@ -12,7 +12,7 @@ from channels.consumer import get_handler_name
 from channels.generic.websocket import AsyncJsonWebsocketConsumer
 
 from .hub import stream_stats
-from .permission import Permission, Permit, Subscriber, valid_group
+from .permission import GROUP_NAMES, Permission, Permit, Subscriber, valid_group
 from .view import anonymous
 
 Message = dict[str, Any]
@@ -85,26 +85,31 @@ class SubscriptionConsumer(AsyncJsonWebsocketConsumer):  # type: ignore[misc]
     async def subscribe(self, names: Any) -> None:
         """Join the groups of these names that the client may, and tell it which."""
         asked = await self._listed(names)
-        joined, refused, reason = [], [], "not permitted"
+        joined: list[str] = []
+        refused: dict[str, list[str]] = {}
         for name in asked:
             if name not in self.subscribed:
-                if len(self.subscribed) >= self.max_groups:
-                    reason = f"at most {self.max_groups} groups"
-                    refused.append(name)
-                    continue
-                if not valid_group(name) or not await self._permission.allows(
-                    self.subscriber, name
-                ):
-                    refused.append(name)
+                reason = await self._reason_to_refuse(name)
+                if reason is not None:
+                    refused.setdefault(reason, []).append(name)
                     continue
                 await self.channel_layer.group_add(name, self.channel_name)
                 self.subscribed.add(name)
             joined.append(name)
-        if refused:
-            stream_stats.add("refused", len(refused))
-            await self.send_json({"refused": refused, "reason": reason})
+        for reason, of_it in refused.items():
+            stream_stats.add("refused", len(of_it))
+            await self.send_json({"refused": of_it, "reason": reason})
         if joined:
             await self.send_json({"subscribed": joined})
+
+    async def _reason_to_refuse(self, name: str) -> str | None:
+        if not valid_group(name):
+            return GROUP_NAMES
+        if len(self.subscribed) >= self.max_groups:
+            return f"at most {self.max_groups} groups"
+        if not await self._permission.allows(self.subscriber, name):
+            return "not permitted"
+        return None
 
     async def unsubscribe(self, names: Any) -> None:
         """Leave these groups, if the client had asked for them."""

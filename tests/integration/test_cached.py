@@ -256,6 +256,9 @@ def test_a_model_that_publishes_nothing_cannot_be_depended_on() -> None:
         get_or_set("groups", Group.objects.count, depends_on=[Group])
     with pytest.raises(InvalidArgument, match=r"nowhere\.Model"):
         get_or_set("groups", Group.objects.count, depends_on="nowhere.Model")
+    near = r"^depends_on= 'testapp\.Ordr': there is no model .* did you mean 'testapp\.Order'\?$"
+    with pytest.raises(InvalidArgument, match=near):
+        get_or_set("groups", Group.objects.count, depends_on="testapp.Ordr")
     with pytest.raises(InvalidArgument, match="not been saved"):
         get_or_set("groups", Group.objects.count, depends_on=Order())
     with pytest.raises(InvalidArgument, match="without arguments"):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from django.db import connection, transaction
+from django.db import ProgrammingError, connection, transaction
 
 from django_pgnotify import Event, consumers, publish, publish_many
+from django_pgnotify.backoff import Backoff
 from django_pgnotify.durable import worker
 from django_pgnotify.durable.state import ConsumerState, CursorLost
-from django_pgnotify.registry import Registry, registry
+from django_pgnotify.registry import Receiver, Registry, registry
+from django_pgnotify.stats import Stats
 from django_pgnotify.testing import running_listener
 from tests.integration.durable import (
     LEDGER,
@@ -47,7 +50,9 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- retries and dead letters -------------------------------------------------------------------
 
 
-def test_an_event_that_fails_becomes_a_dead_letter_and_holds_nobody_up() -> None:
+def test_an_event_that_fails_becomes_a_dead_letter_and_holds_nobody_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     picky = Picky([2])
     consume(picky)
     with running_listener(), failures() as told:
@@ -63,6 +68,7 @@ def test_an_event_that_fails_becomes_a_dead_letter_and_holds_nobody_up() -> None
     assert (failure["attempt"], failure["will_retry"]) == (1, False)
     assert failure["event"].data == 2
     assert stored().handled == 2
+    assert f"Consumer ledger failed on event {failure['event'].id}" in caplog.text
 
 
 @pytest.mark.usefixtures("_soon")
@@ -389,3 +395,45 @@ def test_work_done_by_a_transactional_consumer_that_was_replaced_meanwhile_is_un
             gate.open()
             until(lambda: stored().handled == 1)
     assert Tag.objects.count() == 1
+
+
+# -- trouble ----------------------------------------------------------------------------------
+
+
+class Stop(threading.Event):
+    """Of a worker: notes how long it would have waited, and lets it end instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.pauses.append(timeout)
+        self.set()
+        return True
+
+
+def test_news_do_not_cut_the_pause_short_while_the_database_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a consumer asks as fast as it can once it has been woken, until there is no trouble."""
+    attempts = []
+
+    def consume_in_vain(one: worker.Worker, pauses: Backoff) -> None:
+        attempts.append(one)
+        if len(attempts) == 10:
+            one.stop()
+        raise ProgrammingError("permission denied for table pgnotify_consumer")
+
+    monkeypatch.setattr(worker.Worker, "_consume", consume_in_vain)
+    loop = asyncio.new_event_loop()
+    one = worker.Worker(
+        Receiver("ledger", print, (LEDGER,)), [], using="default", loop=loop, stats=Stats()
+    )
+    one._stop = stop = Stop()
+    one.wake()
+    one.start()
+    one.join()
+    loop.close()
+    assert attempts == [one]
+    assert len(stop.pauses) == 1

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.contrib.messages import get_messages
 from django.core.management import CommandError, call_command
+from django.db import ProgrammingError, connection
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -20,12 +24,13 @@ from django_pgnotify import Event, Topic, consumers, publish, publish_many, rece
 from django_pgnotify.durable import retention
 from django_pgnotify.durable.lag import lag_of
 from django_pgnotify.durable.retention import LogPruner
+from django_pgnotify.durable.waking import wake_consumers
 from django_pgnotify.exceptions import InvalidArgument, UnknownConsumer
 from django_pgnotify.models import Consumer, LoggedEvent
 from django_pgnotify.registry import Registry, registry
 from django_pgnotify.testing import running_listener
 from tests.integration.durable import LEDGER, Picky, consume, letters, register, stored, until
-from tests.integration.recording import Gate, Recorder, query
+from tests.integration.recording import DEADLINE, Gate, Recorder, query
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -135,7 +140,9 @@ def test_a_place_that_is_none_is_refused(recorder: Recorder) -> None:
             consumers.reset("ledger", place)  # type: ignore[arg-type]
     with pytest.raises(CommandError, match="go together"):
         command("pgnotify_consumers", "--reset", "ledger")
-    with pytest.raises(CommandError, match="is not a time"):
+    with pytest.raises(
+        CommandError, match=r"is not a time .*, nor one of now, beginning, continue"
+    ):
         command("pgnotify_consumers", "--reset", "ledger", "--to", "yesterday")
 
 
@@ -278,7 +285,9 @@ def test_a_replay_needs_to_be_told_which_events(recorder: Recorder) -> None:
         consumers.replay("ledger")
     with pytest.raises(InvalidArgument, match="aware"):
         consumers.replay("ledger", since=datetime(2025, 1, 1))
-    with pytest.raises(CommandError, match="Say which events"):
+    with pytest.raises(
+        CommandError, match="Say which events: --since TIME, --until TIME or --event"
+    ):
         command("pgnotify_replay", "ledger")
 
 
@@ -414,6 +423,68 @@ def test_a_receiver_that_hears_only_live_what_is_in_the_log_is_warned_of(
     assert "only: by mistake;" in message
 
 
+# -- no tables yet --------------------------------------------------------------------------------
+
+
+@contextmanager
+def tables_missing() -> Iterator[None]:
+    """As before the first ``migrate``."""
+    tables = ("pgnotify_event_log", "pgnotify_consumer", "pgnotify_dead_letter")
+    with connection.cursor() as cursor:
+        for table in tables:
+            cursor.execute(f"ALTER TABLE {table} RENAME TO hidden_{table}")
+        try:
+            yield
+        finally:
+            for table in tables:
+                cursor.execute(f"ALTER TABLE hidden_{table} RENAME TO {table}")
+
+
+TO_DO = "tables of durable topics are missing on database 'default'; run 'manage.py migrate'"
+
+
+def test_without_tables_to_publish_and_the_commands_say_to_migrate() -> None:
+    with tables_missing():
+        with pytest.raises(ProgrammingError, match=f"not published: the {TO_DO}"):
+            publish(LEDGER, 1)
+        with pytest.raises(ProgrammingError, match=TO_DO):
+            publish_many(LEDGER, [1, 2])
+        for name in ("consumers", "deadletters", "prune"):
+            with pytest.raises(CommandError, match=TO_DO):
+                command(f"pgnotify_{name}")
+        with pytest.raises(CommandError, match=TO_DO):
+            command("pgnotify_replay", "ledger", "--event", "1")
+
+
+def test_without_tables_a_listener_says_to_migrate_and_whom_it_waits_for(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        with tables_missing():
+            registering = threads.submit(register)
+            until(lambda: "is not ready until" in caplog.text)
+        registering.result(DEADLINE)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages.count(f"Durable consumers wait for the database: the {TO_DO}") == 1
+    waits = "This listener is not ready until its durable consumers exist: ledger"
+    assert messages.count(waits) == 1
+
+
+def test_a_consumer_whose_tables_go_says_what_is_wrong_in_words(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_listener() as listener:
+        assert listener.service is not None
+        durable = listener.service.durable
+        until(lambda: durable.held == ["ledger"])
+        with tables_missing():
+            wake_consumers("default")
+            until(lambda: "Consumer ledger waits" in caplog.text)
+        publish(LEDGER, 1)
+        recorder.wait_for(1)
+    assert f"Consumer ledger waits: the database cannot be used: the {TO_DO}" in caplog.text
+
+
 # -- restored and copied databases ----------------------------------------------------------------
 
 
@@ -494,20 +565,21 @@ def page(admin: Client, model: str, **query_: str) -> str:
     return answer.content.decode()
 
 
-def act(admin: Client, model: str, action: str, *pks: int) -> None:
+def act(admin: Client, model: str, action: str, *pks: int) -> str:
     answer = admin.post(
         reverse(f"admin:django_pgnotify_{model}_changelist"),
         {"action": action, "_selected_action": [str(pk) for pk in pks]},
     )
     assert answer.status_code == 302
+    return str(list(get_messages(answer.wsgi_request))[-1])
 
 
 def test_the_log_can_be_read_and_filtered_and_not_changed(admin: Client) -> None:
     publish_many(LEDGER, range(3), key="k1")
     publish(Topic("other", "durable"), 1)
-    assert "4 event log" in page(admin, "loggedevent")
-    assert re.search(r"\b1 event\s", page(admin, "loggedevent", topic="other"))
-    assert "3 event log" in page(admin, "loggedevent", q="k1")
+    assert "4 logged events" in page(admin, "loggedevent")
+    assert re.search(r"\b1 logged event\s", page(admin, "loggedevent", topic="other"))
+    assert "3 logged events" in page(admin, "loggedevent", q="k1")
     row = LoggedEvent.objects.first()
     assert row is not None
     shown = admin.get(reverse("admin:django_pgnotify_loggedevent_change", args=[row.pk]))
@@ -521,12 +593,13 @@ def test_consumers_are_shown_with_their_lag_and_paused_in_the_admin(
     register()
     publish_many(LEDGER, range(7))
     assert '<td class="field-events_behind">7</td>' in page(admin, "consumer")
-    act(admin, "consumer", "pause", stored().pk)
+    assert act(admin, "consumer", "pause", stored().pk) == "ledger: paused."
     assert stored().paused
     assert "paused" in page(admin, "consumer")
-    act(admin, "consumer", "resume", stored().pk)
+    assert act(admin, "consumer", "resume", stored().pk) == "ledger: resumed."
     assert not stored().paused
-    act(admin, "consumer", "skip_to_now", stored().pk)
+    done = act(admin, "consumer", "skip_to_now", stored().pk)
+    assert done == "ledger: set to go on from now."
     assert lag_of(stored()).events == 0
 
 
@@ -543,6 +616,9 @@ def test_dead_letters_are_requeued_and_discarded_in_the_admin(admin: Client) -> 
                 reverse("admin:django_pgnotify_deadletter_change", args=[first.pk])
             ).content.decode()
         )
+        assert str(first) == f"event {first.event_id} of ledger for ledger"
+        shown = page(admin, "deadletter")
+        assert '<td class="field-last_error">ValueError: cannot take 1</td>' in shown
         assert "2 dead letters" in page(admin, "deadletter", state="dead")
         assert "0 dead letters" in page(admin, "deadletter", state="waiting")
         picky.bad.clear()

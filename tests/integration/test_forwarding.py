@@ -387,7 +387,9 @@ def test_only_the_leader_forwards(layer: RecordingLayer) -> None:
     assert [event["data"]["n"] for event in layer.events] == list(range(50))
 
 
-def test_a_layer_that_fails_costs_one_event_and_is_reported(layer: RecordingLayer) -> None:
+def test_a_layer_that_fails_costs_one_event_and_is_reported(
+    layer: RecordingLayer, caplog: pytest.LogCaptureFixture
+) -> None:
     forward("jobs", group="order.{data}", type="job", layer="failing")
     with failures() as failed, running_listener() as listener:
         for name in ("good", "bad", "better"):
@@ -397,6 +399,7 @@ def test_a_layer_that_fails_costs_one_event_and_is_reported(layer: RecordingLaye
     [failure] = failed
     assert isinstance(failure["exception"], ConnectionError)
     assert failure["event"].data == "bad"
+    assert "forward(jobs -> order.{data}) failed on event" in caplog.text
 
 
 def test_a_layer_that_is_missing_is_reported_with_what_to_do(layer: RecordingLayer) -> None:

@@ -515,7 +515,8 @@ def test_the_same_declaration_twice_is_refused_and_a_name_of_its_own_is_not() ->
     invalidates(Order, keys=["order:{pk}"])
     invalidates(Order, keys=["orders"], cache="second")
     invalidates(Order, keys=["orders"], dispatch_uid="again")
-    with pytest.raises(DuplicateReceiver, match="dispatch_uid"):
+    taken = r"taken by django_pgnotify.invalidates\(testapp.order -> orders\)"
+    with pytest.raises(DuplicateReceiver, match=taken):
         invalidates(Order, keys=["orders"])
 
 

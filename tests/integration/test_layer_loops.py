@@ -6,8 +6,10 @@ import asyncio
 import gc
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -17,6 +19,7 @@ from django.db import connections
 
 from django_pgnotify.exceptions import PgNotifyError, PublishError
 from django_pgnotify.layers import PostgresChannelLayer, hub, loops
+from django_pgnotify.layers.feed import DirectFeed
 from tests.integration.test_layer import (
     DEADLINE,
     established_again,
@@ -184,6 +187,82 @@ async def test_the_layer_hears_again_though_somebody_cancelled_all_tasks(
         assert await waiting == {"type": "hello"}
 
 
+def test_layers_are_made_in_one_thread_while_loops_end_in_another(make_layer: MakeLayer) -> None:
+    done = threading.Event()
+    made: list[PostgresChannelLayer] = []
+
+    def make() -> None:
+        try:
+            made.extend(make_layer() for _ in range(300))
+        finally:
+            done.set()
+
+    loop = asyncio.new_event_loop()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            making = threads.submit(make)
+            while not done.is_set():
+                for callback in loops.on_loop_closed:
+                    callback(loop)
+            making.result()
+    finally:
+        sys.setswitchinterval(interval)
+        loop.close()
+
+
+def test_two_threads_of_a_forked_child_begin_anew_once(
+    layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the second one forgets whom the first one's channels belong to."""
+    both, begun = threading.Event(), list[int]()
+    reset = layer._reset
+
+    def reset_slowly() -> None:
+        begun.append(1)
+        if len(begun) > 1:
+            both.set()
+        both.wait(0.1)
+        reset()
+
+    monkeypatch.setattr(layer, "_reset", reset_slowly)
+    monkeypatch.setattr(loops, "generation", loops.generation + 1)
+    with ThreadPoolExecutor(2) as threads:
+        channels = list(threads.map(asyncio.run, [port_name(layer), port_name(layer)]))
+    assert len(set(channels)) == 2
+    assert len(begun) == 1
+
+
+def test_two_threads_of_a_forked_child_begin_to_hear_what_is_forwarded_once(
+    layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else both subscribe, and members are told twice."""
+    both, begun = threading.Event(), list[int]()
+    feed = layer.feed
+    assert isinstance(feed, DirectFeed)
+    reset = feed._reset
+
+    def reset_slowly() -> None:
+        begun.append(1)
+        if len(begun) > 1:
+            both.set()
+        both.wait(0.1)
+        reset()
+
+    monkeypatch.setattr(feed, "_reset", reset_slowly)
+    feed._pid = 0  # of another process
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(asyncio.run, [feed.listening(), feed.listening()]))
+    assert len(begun) == 1
+
+
+async def port_name(layer: PostgresChannelLayer) -> str:
+    port = layer._port()
+    assert port is not None
+    return port.new_channel("specific.")
+
+
 # -- loops that pass ---------------------------------------------------------------------------
 
 
@@ -207,6 +286,49 @@ def test_synchronous_code_works_again_after_the_thread_was_stopped(
         async_to_sync(layer.group_send)("room", {"type": "x"})
         assert async_to_sync(take)(layer, channel) == {"type": "x"}
         stop_layers()
+
+
+def test_the_loop_of_passing_ones_runs_before_anybody_is_sent_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where its thread is slow to begin, the first call was refused."""
+    stop_layers()
+    returned = threading.Event()
+    run = loops.Home._run
+
+    def run_late(home: loops.Home) -> None:
+        returned.wait(0.1)
+        run(home)
+
+    monkeypatch.setattr(loops.Home, "_run", run_late)
+    home = loops.home_loop()
+    running = home.is_running()
+    returned.set()
+    stop_layers()
+    assert running
+
+
+async def nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize("closed", ["before", "after"])
+async def test_a_loop_that_ends_while_it_is_asked_refuses_and_nobody_waits_for_ever(
+    closed: str,
+) -> None:
+    other = asyncio.new_event_loop()
+    loops._close_with(other)
+    if closed == "before":
+        other.close()
+    other.is_running = lambda: True  # type: ignore[method-assign]  # as it did a moment ago
+    asking = asyncio.create_task(loops.run_on(other, nothing))
+    await asyncio.sleep(0)
+    if closed == "after":
+        del other.is_running
+        other.close()
+    with pytest.raises(PublishError, match="does not run"):
+        await asyncio.wait_for(asking, DEADLINE)
+    assert other not in loops._calls
 
 
 async def test_synchronous_code_below_a_running_loop_uses_that_loop(

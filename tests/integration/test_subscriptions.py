@@ -107,9 +107,22 @@ async def test_the_projects_permission_counts_where_the_consumer_has_none(
 
 
 @pytest.mark.parametrize("name", ["", "a b", "room.ü", "x" * 100, "room.1\n", "room.1!x"])
-async def test_a_name_that_cannot_be_a_groups_is_refused(name: str) -> None:
+async def test_a_name_that_cannot_be_a_groups_is_refused_and_told_why(name: str) -> None:
     async with connected() as socket:
-        assert (await ask(socket, {"subscribe": name}))["refused"] == [name]
+        answer = await ask(socket, {"subscribe": name})
+        assert answer["refused"] == [name]
+        assert answer["reason"].startswith("a group's name has 1 to 99 ASCII letters")
+
+
+async def test_each_name_is_refused_for_its_own_reason() -> None:
+    async with connected() as socket:
+        why = await ask(socket, {"subscribe": ["a b", "other", "room.1"]})
+        assert why["refused"] == ["a b"]
+        assert await socket.receive_json_from(DEADLINE) == {
+            "refused": ["other"],
+            "reason": "not permitted",
+        }
+        assert await socket.receive_json_from(DEADLINE) == {"subscribed": ["room.1"]}
 
 
 async def test_no_more_groups_than_the_limit_and_room_again_after_leaving() -> None:

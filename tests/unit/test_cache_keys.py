@@ -75,6 +75,7 @@ def test_a_value_that_no_text_stands_for_is_refused_by_name(value: Any) -> None:
     with pytest.raises(InvalidArgument, match="kind=") as raised:
         key_of(1, value)
     assert "key=" in str(raised.value)
+    assert "kind= of type " in str(raised.value)
 
 
 def test_a_template_is_filled_from_the_arguments_defaults_included() -> None:

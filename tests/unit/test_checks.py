@@ -127,8 +127,8 @@ def test_a_setting_that_cannot_work_is_an_error_and_the_other_checks_survive_it(
 @pytest.mark.parametrize(
     ("models", "says"),
     [
-        ({"auth.Usr": {}}, "auth.Usr"),
-        ({"nowhere.User": {}}, "nowhere"),
+        ({"auth.Usr": {}}, "no model 'auth.Usr'; did you mean 'auth.User'?"),
+        ({"nowhere.Xyzzy": {}}, "no model 'nowhere.Xyzzy'; a label is 'app.Model'."),
         ({"auth.Group": {"fields": ["nmae"]}}, "nmae"),
         ({"auth.Group": {"actions": ["create"]}}, "create"),
         ({"auth.Group": {"delivery": "immediate"}}, "immediate"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from django_pgnotify.stats import Stats
@@ -46,3 +47,12 @@ def test_no_count_is_lost_between_threads() -> None:
     for thread in threads:
         thread.join()
     assert stats["handled"] == 40_000
+
+
+def test_a_lock_that_another_thread_held_at_a_fork_does_not_stop_the_child() -> None:
+    stats = Stats()
+    with stats._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if stats._lock.acquire(blocking=False) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -302,3 +302,25 @@ def test_a_thread_that_cannot_be_started_does_not_count_as_one(
     threads.run(lambda: ran.append(1))
     threads.close(wait=True)
     assert ran == [1]
+
+
+def test_where_no_further_thread_can_be_started_work_waits_for_those_that_there_are(
+    works: Works, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And once one can be, no work waits behind a busy thread."""
+    threads = Threads(2, "lane", nothing)
+    threads.run(works)
+    first = works.begun()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse_to_start)
+        threads.run(works)
+    assert works.none_begun
+    assert "1 thread(s) have to do" in caplog.text
+    works.let_go(2)
+    assert works.begun() is first
+    wait_until_idle(threads, 1)
+    threads.run(works)
+    threads.run(works)
+    assert works.begun() is not works.begun()
+    works.let_go(2)
+    in_time(lambda: threads.close(wait=True))

@@ -71,4 +71,7 @@ class Command(BaseCommand):
 
 
 def _place(text: str) -> str | datetime:
-    return text if text in _WORDS else moment(text)
+    try:
+        return text if text in _WORDS else moment(text)
+    except argparse.ArgumentTypeError as exc:
+        raise argparse.ArgumentTypeError(f"{exc}, nor one of {', '.join(_WORDS)}") from exc

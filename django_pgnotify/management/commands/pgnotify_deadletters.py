@@ -69,7 +69,7 @@ class Command(BaseCommand):
                     letter.key or "-",
                     str(letter.attempts),
                     "-" if letter.failed_at is None else f"{letter.failed_at:%Y-%m-%d %H:%M:%S}",
-                    (letter.error.strip().splitlines() or [""])[-1][:100],
+                    consumers.error_line(letter),
                 )
                 for letter in letters[: options["limit"]]
             ]

@@ -35,6 +35,8 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
+        if options["since"] is options["until"] is options["events"] is None:
+            raise CommandError("Say which events: --since TIME, --until TIME or --event ID.")
         try:
             replayed = consumers.replay(
                 options["consumer"],
