@@ -29,7 +29,6 @@ class DurableSide:
         using: alias that the service listens on; the consumers' locks are held through it.
         stats: of the service.
         observe: told, on the loop, of the events of topics that only consumers read.
-        also_heard: topics that are heard live for the caches, whoever else reads them.
     """
 
     def __init__(
@@ -40,7 +39,6 @@ class DurableSide:
         using: str,
         stats: Stats,
         observe: Observe | None,
-        also_heard: frozenset[str] = frozenset(),
     ) -> None:
         self.live_routes: list[Route] = []
         self.registered = True
@@ -65,7 +63,7 @@ class DurableSide:
         self._only_woken = self.topics - heard_live
         prefix = conf.CHANNEL_PREFIX
         self._wakes = {wire_channel(topic, prefix): frozenset([topic]) for topic in self.topics}
-        self._silent = {wire_channel(one, prefix) for one in self._only_woken - also_heard}
+        self._silent = {wire_channel(one, prefix) for one in self._only_woken}
         self._operators = waking_channel()
         self._using = using
         self._stats = stats
@@ -82,6 +80,10 @@ class DurableSide:
     def held(self) -> list[str]:
         """The names of the consumers that this process runs now."""
         return [] if self._consumers is None else self._consumers.held
+
+    def hear_live(self, channels: frozenset[str]) -> None:
+        """What comes on these is for the caches too, whoever else reads it."""
+        self._silent -= channels
 
     def start(self, registered: Callable[[], None]) -> None:
         """Begin to share and run the consumers; ``registered`` is called once they exist."""

@@ -36,6 +36,10 @@ PRUNE_AGAIN = 1.0
 """Seconds between two runs: the latter while there is more to remove than one run does."""
 
 
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks whether caches have come to use the epoch table."""
+
+
 def routes_of(registry: Registry, topics: Iterable[str] | None = None) -> list[Route]:
     """The registered receivers with their streams; only those on ``topics`` where given."""
     only = None if topics is None else frozenset(topics)
@@ -112,17 +116,8 @@ class Service:
         self.routes = routes_of(registry, topics)
         heard = {s.topic: None for route in self.routes for s in route.subscriptions}
         self.topics = list(heard | dict.fromkeys(topics or ()))
-        # Only who hears all that caches depend on can say that all of it was heard.
-        fed = topics is None and using == conf.listen_database and is_in_use()
-        self.feed = EpochFeed(node_table()) if fed else None
-        fed_topics = frozenset() if self.feed is None else self.feed.topics
         self.durable = DurableSide(
-            self.routes,
-            registry,
-            using=using,
-            stats=self.stats,
-            observe=observe,
-            also_heard=fed_topics,
+            self.routes, registry, using=using, stats=self.stats, observe=observe
         )
         self._live = self.durable.live_routes
         self.dispatcher = Dispatcher(
@@ -141,19 +136,17 @@ class Service:
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._health_file = None if health_file is None else Path(health_file)
-        consumer: Consumer = self.dispatcher
+        self._consumer: Consumer = self.dispatcher
         if observe is not None:
-            consumer = _Observed(self.dispatcher, observe)
-        if self.feed is not None:
-            live = frozenset(s.topic for route in self._live for s in route.subscriptions)
-            consumer = _Fed(consumer, self.feed, live)
+            self._consumer = _Observed(self.dispatcher, observe)
         self._intake = Intake(
-            [*self.topics, *(fed_topics - set(self.topics))],
-            conf.rows_database(self.using),
-            consumer,
-            self.stats,
-            on_broken=None if self.feed is None else self.feed.missed,
+            self.topics, conf.rows_database(self.using), self._consumer, self.stats
         )
+        self.feed: EpochFeed | None = None
+        # Only who hears all that caches depend on can say that all of it was heard.
+        self._may_feed = topics is None and using == conf.listen_database
+        if self._may_feed and is_in_use():
+            self._begin_to_feed()
         for_leader = any(not route.receiver.every_node for route in self._live)
         # Listeners of different topics must not keep each other from leading. Where their topics
         # overlap both lead: docs/explanation/leader-and-standby says not to do that.
@@ -161,13 +154,17 @@ class Service:
         self._leadership = name if for_leader else None
         self.listener = Listener(
             using,
-            self._intake.channels | self.durable.channels,
+            self._channels,
             self,
             leadership=self._leadership,
             gap_on_start=conf.GAP_ON_START,
-            on_proven=None if self.feed is None else self._proven,
+            on_proven=self._proven if self._may_feed else None,
             heartbeat_interval=None if self.feed is None else heartbeat_interval(),
         )
+
+    @property
+    def _channels(self) -> frozenset[str]:
+        return self._intake.channels | self.durable.channels
 
     @property
     def role(self) -> str:
@@ -196,6 +193,8 @@ class Service:
         chores = [asyncio.create_task(self._prune_for_ever(), name="pgnotify-prune")]
         if self._health_file is not None:
             chores.append(asyncio.create_task(self._report_for_ever(), name="pgnotify-health"))
+        if self._may_feed and self.feed is None:
+            chores.append(asyncio.create_task(self._feed_once_in_use(), name="pgnotify-feed"))
         self.durable.start(self._ready)
         try:
             await self.listener.run()
@@ -247,7 +246,7 @@ class Service:
             self._intake.in_turn(lambda: feed.proven(at, channels))
 
     def _overflowed(self, since: datetime, until: datetime, cause: str) -> None:
-        self.listener.note_gap(since, until, cause)
+        self.listener.health.note_gap(since, until, cause)
         task = asyncio.ensure_future(
             signals.listener_gap.asend_robust(self.listener, since=since, until=until, cause=cause)
         )
@@ -257,6 +256,27 @@ class Service:
     def led(self, leader: bool) -> None:
         self._intake.led(leader)
         self._report_health()
+
+    # -- the epoch table ------------------------------------------------------------------------
+
+    def _begin_to_feed(self) -> None:
+        feed = self.feed = EpochFeed(node_table())
+        live = frozenset(s.topic for route in self._live for s in route.subscriptions)
+        self._intake.take_in(feed.topics, _Fed(self._consumer, feed, live), feed.missed)
+        self.durable.hear_live(feed.channels)
+
+    async def _feed_once_in_use(self) -> None:
+        """Nobody has to tell us of a cache that a template is the first to use."""
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL)
+            if is_in_use():
+                break
+        self._begin_to_feed()
+        logger.info("Caches of this node use the epoch table, which is kept from here on")
+        interval = heartbeat_interval()
+        if interval is not None:
+            self.listener.beat_every(interval)
+        self.listener.want(self._channels)
 
     # -- chores ---------------------------------------------------------------------------------
 
@@ -316,7 +336,7 @@ class Service:
             "database": self.using,
             "role": self.role,
             "leadership": self._leadership,
-            **self.listener.health(),
+            **self.listener.status(),
             "topics": self.topics,
             "waiting": self.dispatcher.waiting,
             "running": self.dispatcher.running,

@@ -182,7 +182,7 @@ class Hub:
             "database": self._listen_alias,
             "role": "in process",
             "established": False,
-            **({} if self._listener is None else self._listener.health()),
+            **({} if self._listener is None else self._listener.status()),
             "topics": sorted(self._heard),
         }
 

@@ -216,7 +216,7 @@ class BackgroundListener:
             "database": self.using,
             "role": "in process",
             "established": False,
-            **({} if self._listener is None else self._listener.health()),
+            **({} if self._listener is None else self._listener.status()),
             "topics": sorted(self._listened_to),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, cast
@@ -82,6 +82,14 @@ class Intake:
     def channels(self) -> frozenset[str]:
         """The wire channels of the topics."""
         return frozenset(self._topics)
+
+    def take_in(
+        self, topics: Iterable[str], consumer: Consumer, on_broken: Callable[[], None]
+    ) -> None:
+        """Take in these topics too, and hand all of it on to ``consumer``, from here on."""
+        self._topics |= {wire_channel(topic, conf.CHANNEL_PREFIX): topic for topic in topics}
+        self._consumer = consumer
+        self._on_broken = on_broken
 
     def notified(self, notifications: Sequence[Notification]) -> None:
         if self._fetching is not None:

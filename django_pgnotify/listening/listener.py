@@ -22,6 +22,7 @@ from . import commands as todo
 from .commands import Command
 from .connection import ListenConnection, Notification, first_line
 from .echo import echo
+from .health import Health
 from .leadership import LeaderLock
 from .parameters import connection_params
 from .session import Session, Timing
@@ -64,11 +65,7 @@ class Listener:
         heartbeat_interval: float | None = None,
     ) -> None:
         self.using = using
-        self.last_error: Exception | None = None
-        self.round_trip: float | None = None
-        """Seconds the last echo took."""
-        self.last_gap: dict[str, str | None] | None = None
-        self._established_since: datetime | None = None
+        self.health = Health()
         self._sink = sink
         prefix = conf.CHANNEL_PREFIX
         self._echo_channel = wire_channel(f"pgnotify.echo.{secrets.token_hex(8)}", prefix)
@@ -122,30 +119,21 @@ class Listener:
         self._wanted = frozenset(channels)
         self.kick()
 
+    def beat_every(self, interval: float) -> None:
+        """Prove itself at least that often, in seconds, from here on."""
+        self.session.beat_every(self._now(), min(interval, conf.HEARTBEAT_INTERVAL))
+        self.kick()
+
     def kick(self) -> None:
         """Have the loop of :meth:`run` look again."""
         self._kicked = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def health(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """Whether and since when it is established, its last echo and its last gap."""
-        since, proven_at = self._established_since, self.session.proven_at
-        return {
-            "established": since is not None,
-            "established_since": None if since is None else since.isoformat(),
-            "last_echo": None if proven_at is None else self.wall_time(proven_at).isoformat(),
-            "round_trip": self.round_trip,
-            "last_gap": self.last_gap,
-        }
-
-    def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
-        """Remember the latest gap, for :meth:`health`."""
-        self.last_gap = {
-            "since": None if since is None else since.isoformat(),
-            "until": until.isoformat(),
-            "cause": cause,
-        }
+        proven_at = self.session.proven_at
+        return self.health.as_dict(None if proven_at is None else self.wall_time(proven_at))
 
     @property
     def backend_pid(self) -> int | None:
@@ -252,7 +240,7 @@ class Listener:
             await self._answer(entry.payload.decode(errors="replace"))
 
     async def _echoed(self, nonce: str) -> None:
-        self.round_trip = self._now() - self._echo_sent
+        self.health.round_trip = self._now() - self._echo_sent
         channels = self.session.asked_for(nonce)
         began = self._echo_began
         await self._carry_out(self.session.echoed(self._now(), nonce, self._server_listens))
@@ -272,7 +260,7 @@ class Listener:
                 await self._fail(exc)
 
     async def _fail(self, exc: Exception) -> None:
-        self.last_error = exc
+        self.health.last_error = exc
         await self._carry_out(self.session.failed(self._now(), first_line(exc)))
 
     def _now(self) -> float:
@@ -318,7 +306,7 @@ class Listener:
                     None if since is None else self.wall_time(since),
                     self.wall_time(until),
                 )
-                self.note_gap(*times, cause)
+                self.health.note_gap(*times, cause)
                 self._sink.gap(*times, cause, for_leader=for_leader)
                 if not for_leader:
                     # Waited for: what a handler does is done before later frames are delivered.
@@ -326,8 +314,8 @@ class Listener:
                         self, since=times[0], until=times[1], cause=cause
                     )
             case todo.Established(channels):
-                self.last_error = None
-                self._established_since = self._established_since or datetime.now(UTC)
+                self.health.last_error = None
+                self.health.established_since = self.health.established_since or datetime.now(UTC)
                 self._sink.established(channels)
                 await signals.listener_established.asend_robust(self, using=self.using)
             case todo.Lost(cause, retry_in):
@@ -342,7 +330,7 @@ class Listener:
                 )
             case todo.Close():
                 self._unread.clear()
-                self._established_since = None
+                self.health.established_since = None
                 if self._connection is not None:
                     self._connection.close()
                     self._connection = None

@@ -18,7 +18,7 @@ session. Only then are frames delivered, after the gap that says what may have b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..backoff import Backoff
@@ -250,6 +250,13 @@ class Session:
         if self.wanted == self.listened_to and not self._changing:
             return [self._heard()]
         return self._change_channels(now)
+
+    def beat_every(self, now: float, interval: float) -> None:
+        """From here on there are at most ``interval`` seconds between two heartbeats."""
+        self.timing = replace(self.timing, heartbeat_interval=interval)
+        self._next_echo = min(self._next_echo, now + interval)
+        if self.state == "established":
+            self._set_alarm()
 
     def tick(self, now: float) -> list[Command]:
         """Time has passed."""

@@ -74,7 +74,7 @@ class RunningListener:
             )
         self._raise_failure()
         if not done:
-            error = None if self.service is None else self.service.listener.last_error
+            error = None if self.service is None else self.service.listener.health.last_error
             raise ListenError(f"Not established within {timeout:g} s: {error}")
 
     def _raise_failure(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from django.core.cache import caches
 from django.core.management import CommandError, call_command
 from django.db import DatabaseError, transaction
 
-from django_pgnotify import Event, invalidates, receiver, signing
+from django_pgnotify import Event, invalidates, publish, receiver, signing
 from django_pgnotify.caching import NearCache, invalidate_keys, invalidate_tags, model_tag
 from django_pgnotify.caching.shelf import name_of_key
 from django_pgnotify.epochs import use
@@ -289,17 +290,53 @@ def test_who_does_not_hear_all_of_it_keeps_no_table(arguments: dict[str, Any]) -
     assert node_table().heartbeat == 0
 
 
-def test_a_project_without_such_caches_keeps_no_table(
-    settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_use_of_it(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project in which nothing says that it will use the table."""
     monkeypatch.setattr(use, "_declared", False)
     monkeypatch.setattr(use, "_looked_at", float("-inf"))
     settings.PGNOTIFY_EPOCH_TABLE = "auto"
     settings.CACHES = {"default": settings.CACHES["memory"]}
     assert not use.is_in_use()
+
+
+def test_a_project_without_such_caches_keeps_no_table(no_use_of_it: None) -> None:
     with running_listener(topics=None) as running:
         assert running.service is not None
         assert running.service.feed is None
+
+
+def test_a_table_that_comes_into_use_while_a_listener_runs_is_kept_from_then_on(
+    no_use_of_it: None, settings: Any
+) -> None:
+    """As by a template: nothing in the code of the project tells the listener beforehand."""
+    settings.PGNOTIFY_MAX_STALENESS = 5.0
+
+    @receiver("rooms")
+    def hear(event: Event) -> None:
+        """Heard before and after."""
+
+    with running_listener(topics=None) as running:
+        assert running.service is not None
+        publish("rooms", 1)
+        running.wait_for(1, DEADLINE)
+        backend = running.backend_pid
+        assert running.service.feed is None
+        table = node_table()  # what whoever looks into a cache does
+        assert not table.problem
+        until(lambda: table.heartbeat)
+        session = running.service.listener.session
+        assert session.timing.heartbeat_interval == pytest.approx(5 / 3)
+        first = table.heartbeat
+        until(lambda: table.heartbeat > first)
+        # Another process's announcement: on a channel that was not listened to before.
+        before = table.capture([tag_name("hot")])
+        notify(INVALIDATIONS, json.dumps({"names": [tag_name("hot")]}))
+        until(lambda: not table.is_current(before))
+        publish("rooms", 2)
+        running.wait_for(2, DEADLINE)
+        assert [event.data for event in running.events] == [1, 2]
+        assert running.backend_pid == backend
 
 
 def test_the_feed_moves_to_the_table_that_is_there(tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ async def test_once_established_the_server_listens_and_frames_arrive(sink: Sink)
         await anotify(other, 'Ünusual channel; "quoted"', "three")
         await sink.until("heard", 3)
         assert sink.of("heard") == ["one", "two", "three"]
-        assert listener.round_trip is not None
-        assert listener.round_trip < DEADLINE
+        assert listener.health.round_trip is not None
+        assert listener.health.round_trip < DEADLINE
     assert sink.kinds == ["established", "heard", "heard", "heard"]
 
 
@@ -138,7 +138,7 @@ async def test_a_terminated_backend_is_replaced_and_the_gap_comes_before_later_f
         await anotify(other, "jobs", "later")
         await sink.until("heard")
         assert listener.backend_pid not in (None, first)
-        assert listener.last_error is None
+        assert listener.health.last_error is None
     assert sink.kinds == ["established", "lost", "gap", "established", "heard"]
     [(since, until, cause)] = sink.of("gap")
     assert since <= before <= until <= after

@@ -736,6 +736,19 @@ def test_a_heartbeat_after_a_healthy_period_resets_too() -> None:
     assert one._backoff.attempts == 0
 
 
+def test_heartbeats_can_be_asked_for_more_often_while_it_runs() -> None:
+    one = session()
+    one.beat_every(0, 4.0)
+    assert one.wake_at is None
+    establish(one, 10.0)
+    assert one.wake_at == 14.0
+    one.beat_every(11.0, 1.5)
+    assert one.wake_at == 12.5
+    assert kinds(one.tick(12.5)) == [Echo]
+    one.beat_every(12.5, 3.0)
+    assert one.wake_at == 12.5 + TIMING.heartbeat_timeout, "it waits for the echo of this one"
+
+
 # -- leadership ------------------------------------------------------------------------------
 
 
