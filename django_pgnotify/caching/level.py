@@ -11,11 +11,11 @@ from typing import Any
 
 from django.core.cache.backends.base import memcache_key_warnings
 
-from ..epochs.clock import NANOSECONDS, node_clock
-from ..epochs.mapped import HEARTBEAT
+from ..epochs.clock import NANOSECONDS
 from ..epochs.names import derived_name, key_name, space_name
 from ..epochs.table import EpochTable, Lease, Snapshot
 from . import leases
+from .bypassing import is_bypassed
 from .feeding import announce, current_table
 from .frozen import Frozen
 from .leases import MissLease, current_load
@@ -47,8 +47,7 @@ class NearLevel:
     def is_bypassed(self) -> bool:
         """Whether nothing can be known of what is cached: the heartbeat is too old."""
         self._look_at_table()
-        table = self.table
-        return table.is_dead or node_clock() - table.words[HEARTBEAT] > self.limit
+        return is_bypassed(self.table, self.limit)
 
     def _look_at_table(self) -> None:
         self.table = current_table()

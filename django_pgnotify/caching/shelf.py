@@ -9,10 +9,10 @@ from django.core.cache import caches
 from django.core.cache.backends.base import DEFAULT_TIMEOUT, BaseCache
 
 from ..conf import conf
-from ..epochs.clock import NANOSECONDS, node_clock
-from ..epochs.mapped import HEARTBEAT
+from ..epochs.clock import NANOSECONDS
 from ..epochs.names import key_name
 from ..epochs.table import EpochTable, Lease, Snapshot
+from .bypassing import is_bypassed
 from .epoch_cache import EpochCache
 from .feeding import current_table
 from .frozen import PLAIN, Frozen
@@ -160,6 +160,4 @@ def _name_of(backend: Any, alias: str, key: str, version: int | None) -> str:
 
 def _is_bypassed(table: EpochTable) -> bool:
     limit = conf.MAX_STALENESS
-    if table.is_dead:
-        return True
-    return limit is not None and node_clock() - table.words[HEARTBEAT] > limit * NANOSECONDS
+    return is_bypassed(table, float("inf") if limit is None else limit * NANOSECONDS)
