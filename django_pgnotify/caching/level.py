@@ -13,6 +13,7 @@ from django.core.cache.backends.base import memcache_key_warnings
 
 from ..epochs.clock import NANOSECONDS
 from ..epochs.names import derived_name, key_name, space_name
+from ..epochs.node import node_table
 from ..epochs.table import EpochTable, Lease, Snapshot
 from . import leases
 from .bypassing import is_bypassed
@@ -34,7 +35,8 @@ class NearLevel:
         self.space = space
         self.options = options
         self.store = store_of(space)
-        self.table: EpochTable = current_table()
+        # Not looked at: a cache that is only made, as by a system check, needs no listener.
+        self.table: EpochTable = node_table()
         staleness = options.max_staleness
         self.limit = float("inf") if staleness is None else staleness * NANOSECONDS
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from django.db import connection
 
+from django_pgnotify.epochs.clock import NANOSECONDS, node_clock
 from django_pgnotify.epochs.counts import node_counts
+from django_pgnotify.epochs.table import EpochTable
 from tests.processes import DEADLINE, Process, database_environ, manage, python, run
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -106,6 +110,32 @@ def test_the_counts_of_all_processes_of_the_node_are_shown_and_outlive_them(
     assert rows["near"][4] == str(hits)
     assert rows["orders"][:4] == ["orders", "near", node["node"], str(hits)]
     assert f"epoch table of {node['node']}: {tmp_path / 'epochs'}, up to date" in table
+
+
+def test_the_caches_of_this_node_are_shown_when_no_pglisten_answers(
+    environ: dict[str, str | None], tmp_path: Path
+) -> None:
+    with python("-c", FORKING, env={**environ, "NEVER_BYPASSED": "1"}) as process:
+        assert process.wait() == 0, process.report()
+    asked, table = status(environ, "--json"), status(environ)
+    assert asked.returncode == table.returncode == 1
+    [node] = json.loads(asked.stdout)["caches"]
+    assert (node["path"], node["age"], node["problem"]) == (str(tmp_path / "epochs"), None, None)
+    assert node["caches"]["near"]["hits"] == 17
+    assert f"epoch table of {node['node']}: {node['path']}, bypassed: no heartbeat yet" in (
+        table.stdout
+    )
+    owner = f"{connection.settings_dict['NAME']}\0"
+    EpochTable.open(node["path"], owner=owner).beat(node_clock() - 41 * NANOSECONDS)
+    said = r"bypassed: heartbeat is \d\d+\.\d s old, MAX_STALENESS is 30 s"
+    assert re.search(said, status(environ).stdout)
+
+
+def test_whoever_asks_is_not_among_the_listeners_where_each_process_listens(
+    environ: dict[str, str | None],
+) -> None:
+    asked = status({**environ, "EPOCH_TABLE": ""}, "--json")
+    assert json.loads(asked.stdout)["listeners"] == []
 
 
 def test_a_forked_child_counts_for_itself_and_no_hit_is_counted_twice(
