@@ -71,6 +71,27 @@ use(2)
 """
 
 
+# A child of multiprocessing, as those of ProcessPoolExecutor: it runs no exit handlers.
+POOLED = """
+import multiprocessing
+import django
+django.setup()
+from django_pgnotify.caching import cached
+
+@cached(key="a", cache="near")
+def near():
+    return 1
+
+def use():
+    for _ in range(11):
+        near()
+
+child = multiprocessing.get_context("fork").Process(target=use)
+child.start()
+child.join()
+"""
+
+
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str | None]:
     return {
@@ -136,6 +157,14 @@ def test_whoever_asks_is_not_among_the_listeners_where_each_process_listens(
 ) -> None:
     asked = status({**environ, "EPOCH_TABLE": ""}, "--json")
     assert json.loads(asked.stdout)["listeners"] == []
+
+
+def test_a_child_of_multiprocessing_writes_its_counts_when_it_ends(
+    environ: dict[str, str | None], tmp_path: Path
+) -> None:
+    with python("-c", POOLED, env={**environ, "NEVER_BYPASSED": "1"}) as process:
+        assert process.wait() == 0, process.report()
+    assert node_counts(str(tmp_path / "epochs"))["near"]["hits"] == 10
 
 
 def test_a_forked_child_counts_for_itself_and_no_hit_is_counted_twice(
