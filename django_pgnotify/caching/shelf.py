@@ -19,7 +19,7 @@ from .frozen import PLAIN, Frozen
 from .leases import current_load
 from .level import MISSING
 from .reporting import count
-from .stored import unwrap, wrap
+from .stored import names_in, unwrap, wrap
 
 
 class Shelf:
@@ -118,7 +118,10 @@ class Shelf:
     def _judged(self, stored: Any, table: EpochTable) -> Any:
         found = None if stored is None else unwrap(stored, table)
         if found is None:
-            count(self.alias, "misses" if stored is None else "stale")
+            if stored is None:
+                count(self.alias, "misses")
+            else:
+                count(self.alias, "stale", names_in(stored))
             return MISSING
         load = current_load()
         if load is not None:

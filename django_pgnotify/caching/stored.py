@@ -47,6 +47,11 @@ def is_wrapped(stored: object) -> bool:
     return isinstance(stored, (tuple, list)) and len(stored) == 8 and stored[0] == _MARK
 
 
+def names_in(stored: object) -> list[str]:
+    """What a stored value depends on, stale or not; nothing if it is somebody else's."""
+    return list(stored[3]) if isinstance(stored, (tuple, list)) and is_wrapped(stored) else []
+
+
 def unwrap(stored: object, table: EpochTable) -> Found | None:
     """What is in ``stored`` if it counts now; None where it is stale or of somebody else's."""
     if not isinstance(stored, (tuple, list)) or not is_wrapped(stored):

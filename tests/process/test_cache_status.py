@@ -110,7 +110,7 @@ def test_the_counts_of_all_processes_of_the_node_are_shown_and_outlive_them(
 ) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(manage("pglisten", env=environ))
-        listener.wait_for_line("^pglisten: ready")
+        listener.wait_for_line(r"^pglisten: ready .* topic\(s\), \d+ more for caches, ")
         hits = 0
         webs = [stack.enter_context(python("-c", WEB, str(n), env=environ)) for n in (20, 30)]
         for web in webs:
