@@ -221,6 +221,8 @@ class NearLevel:
         return stamp
 
     def _put(self, full: str, value: Frozen, expires: int, snapshot: Snapshot) -> None:
+        if not snapshot.table:
+            return  # of a dead table: it would count for whoever looks when the next one dies
         odd = any(memcache_key_warnings(full))
         entry = Entry(value, expires, snapshot, _tags(snapshot), odd=odd)
         self.store.put(full, entry, self.options.max_entries, self.options.cull_frequency)

@@ -58,6 +58,10 @@ def unwrap(stored: object, table: EpochTable) -> Found | None:
         return None
     _, made_by, at, names, epochs, expires, kind, payload = stored
     now = table.capture(names)  # before it is judged
+    if not now.table:
+        return (
+            None  # the file has been taken away a moment ago: nothing can be told of what changed
+        )
     if made_by == now.table:
         if list(now.epochs) != list(epochs):
             return None
