@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, Never, ParamSpec, TypeVar
 
 from asgiref.sync import markcoroutinefunction
 from django.core.cache.backends.base import DEFAULT_TIMEOUT
@@ -26,7 +26,7 @@ Key = str | Callable[..., str]
 
 
 def cached(
-    *,
+    *positional: Never,
     key: Key | None = None,
     timeout: Any = DEFAULT_TIMEOUT,
     depends_on: Any = (),
@@ -64,6 +64,8 @@ def cached(
         InvalidTemplate: a template is malformed, or names no parameter.
         InvalidArgument: a bad argument, or a model that publishes no changes.
     """
+    if positional:
+        raise InvalidArgument(_said_of(*positional))
     _check_cache(cache)
     tags = _check_templates(tags)
 
@@ -76,6 +78,21 @@ def cached(
         return kind(func, arguments, key, timeout, depends_on, templates, cache, version)
 
     return decorate
+
+
+def _said_of(given: Any, *others: Any) -> str:
+    """What to write in place of ``@cached`` alone, or of arguments without a name."""
+    if is_model(given):
+        return f"cached() takes named arguments: write depends_on=[{given.__name__}]."
+    if callable(given) and not isinstance(given, type):
+        name = getattr(given, "__name__", repr(given))
+        return f"@cached above {name}() has no arguments: write @cached(), or what it depends on."
+    if isinstance(given, (int, float)):
+        return f"cached() takes named arguments: write timeout={given!r}."
+    return (
+        f"cached() takes named arguments only (key=, timeout=, depends_on=, tags=, cache=, "
+        f"version=); got {given!r}."
+    )
 
 
 class CachedFunction(Generic[P, R]):

@@ -77,17 +77,22 @@ def forget(space: str, keys: Iterable[str] | None = None) -> None:
 class Load:
     """What a value that is being loaded turns out to depend on."""
 
-    __slots__ = ("at", "names")
+    __slots__ = ("_moments", "names")
 
     def __init__(self) -> None:
         self.names: set[str] = set()
-        self.at: int | None = None
+        # All of them: of two threads that compare and store, one would cover up the older moment.
+        self._moments: set[int] = set()
+
+    @property
+    def at(self) -> int | None:
         """When the oldest value in it was loaded, in microseconds since 1970."""
+        return min(self._moments, default=None)
 
     def add(self, names: Iterable[str], at: int) -> None:
         """A value that depends on ``names`` and was loaded at ``at`` has gone into it."""
         self.names.update(names)
-        self.at = at if self.at is None else min(self.at, at)
+        self._moments.add(at)
 
 
 _loading: ContextVar[Load | None] = ContextVar("pgnotify_loading", default=None)

@@ -11,11 +11,12 @@ from typing import Any
 
 from django.core.cache.backends.base import memcache_key_warnings
 
-from ..epochs.clock import NANOSECONDS, node_clock
-from ..epochs.mapped import HEARTBEAT
+from ..epochs.clock import NANOSECONDS
 from ..epochs.names import derived_name, key_name, space_name
+from ..epochs.node import node_table
 from ..epochs.table import EpochTable, Lease, Snapshot
 from . import leases
+from .bypassing import is_bypassed
 from .feeding import announce, current_table
 from .frozen import Frozen
 from .leases import MissLease, current_load
@@ -34,7 +35,8 @@ class NearLevel:
         self.space = space
         self.options = options
         self.store = store_of(space)
-        self.table: EpochTable = current_table()
+        # Not looked at: a cache that is only made, as by a system check, needs no listener.
+        self.table: EpochTable = node_table()
         staleness = options.max_staleness
         self.limit = float("inf") if staleness is None else staleness * NANOSECONDS
 
@@ -47,8 +49,7 @@ class NearLevel:
     def is_bypassed(self) -> bool:
         """Whether nothing can be known of what is cached: the heartbeat is too old."""
         self._look_at_table()
-        table = self.table
-        return table.is_dead or node_clock() - table.words[HEARTBEAT] > self.limit
+        return is_bypassed(self.table, self.limit)
 
     def _look_at_table(self) -> None:
         self.table = current_table()
@@ -220,6 +221,8 @@ class NearLevel:
         return stamp
 
     def _put(self, full: str, value: Frozen, expires: int, snapshot: Snapshot) -> None:
+        if not snapshot.table:
+            return  # of a dead table: it would count for whoever looks when the next one dies
         odd = any(memcache_key_warnings(full))
         entry = Entry(value, expires, snapshot, _tags(snapshot), odd=odd)
         self.store.put(full, entry, self.options.max_entries, self.options.cull_frequency)

@@ -1,17 +1,27 @@
-"""What the caches of this process count, written down for the node now and then, and at the end."""
+"""What the caches of this process count, written down for the node.
+
+Now and then while they are used; at the ends of requests, so that what a burst has counted is there
+when the process is idle; and at the end of the process. There is no thread for it, because a
+process that uses caches may fork.
+"""
 
 from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from typing import Any
 
 from django.conf import settings
+from django.core.signals import request_finished
+from django.dispatch import receiver
 
+from ..epochs.clock import node_clock
 from ..epochs.counts import CountsFile
 from ..epochs.use import uses_epochs
 from .store import Counts, all_stores
@@ -21,12 +31,19 @@ logger = logging.getLogger("django_pgnotify.caching")
 EVERY = 5_000_000_000
 """Nanoseconds between two reports of a process whose caches are used."""
 
+ONE_PART_IN = 200
+"""A report at the end of a request waits for so many times as long as the one before it took."""
+
+_EXIT_TIMEOUT = 1.0
+
 _of_stock: dict[str, Counts] = {}
 _counting = threading.Lock()
 
 _file: CountsFile | None = None
 _due = 0
+_rests_until = 0
 _failed = False
+_registered = False
 _writing = threading.Lock()
 
 
@@ -66,8 +83,24 @@ def report_when_due(table: str, now: int) -> None:
             _writing.release()
 
 
+@receiver(request_finished)
+def _at_end_of_request(**kwargs: Any) -> None:
+    global _rests_until
+    started = node_clock()
+    if _file is None or started < _rests_until or not _writing.acquire(blocking=False):
+        return
+    try:
+        if _file is not None and not _file.is_removed:
+            _write(_file.table)
+        ended = node_clock()
+        _rests_until = ended + ONE_PART_IN * (ended - started)
+    finally:
+        _writing.release()
+
+
 def _write(table: str) -> None:
     global _file, _failed
+    _register()
     if _file is None or _file.table != table:
         if _file is not None:
             _file.close()
@@ -83,10 +116,22 @@ def _write(table: str) -> None:
         _failed = True
 
 
+def _register() -> None:
+    global _registered
+    if not _registered and multiprocessing.parent_process() is not None:
+        Finalize(None, _at_exit, exitpriority=10)  # such a child runs no exit handlers
+    _registered = True
+
+
 def _at_exit() -> None:
-    if _file is not None:
-        with suppress(OSError):  # nobody is left to be told
-            _file.write(cache_counts())
+    if not _writing.acquire(timeout=_EXIT_TIMEOUT):
+        return
+    try:
+        if _file is not None and not _file.is_removed:
+            with suppress(OSError):  # nobody is left to be told
+                _file.write(cache_counts())
+    finally:
+        _writing.release()
 
 
 def _aliases(space: str) -> str:
@@ -100,13 +145,14 @@ def _aliases(space: str) -> str:
 
 
 def _forked() -> None:
-    global _counting, _writing, _file, _due
+    global _counting, _writing, _file, _due, _rests_until, _registered
     _counting, _writing = threading.Lock(), threading.Lock()
     _of_stock.clear()  # they are the parent's
     if _file is not None:
         _file.close()
         _file = None
-    _due = 0
+    _due = _rests_until = 0
+    _registered = False
 
 
 atexit.register(_at_exit)

@@ -9,17 +9,17 @@ from django.core.cache import caches
 from django.core.cache.backends.base import DEFAULT_TIMEOUT, BaseCache
 
 from ..conf import conf
-from ..epochs.clock import NANOSECONDS, node_clock
-from ..epochs.mapped import HEARTBEAT
+from ..epochs.clock import NANOSECONDS
 from ..epochs.names import key_name
 from ..epochs.table import EpochTable, Lease, Snapshot
+from .bypassing import is_bypassed
 from .epoch_cache import EpochCache
 from .feeding import current_table
 from .frozen import PLAIN, Frozen
 from .leases import current_load
 from .level import MISSING
 from .reporting import count
-from .stored import unwrap, wrap
+from .stored import names_in, unwrap, wrap
 
 
 class Shelf:
@@ -118,7 +118,10 @@ class Shelf:
     def _judged(self, stored: Any, table: EpochTable) -> Any:
         found = None if stored is None else unwrap(stored, table)
         if found is None:
-            count(self.alias, "misses" if stored is None else "stale")
+            if stored is None:
+                count(self.alias, "misses")
+            else:
+                count(self.alias, "stale", names_in(stored))
             return MISSING
         load = current_load()
         if load is not None:
@@ -160,6 +163,4 @@ def _name_of(backend: Any, alias: str, key: str, version: int | None) -> str:
 
 def _is_bypassed(table: EpochTable) -> bool:
     limit = conf.MAX_STALENESS
-    if table.is_dead:
-        return True
-    return limit is not None and node_clock() - table.words[HEARTBEAT] > limit * NANOSECONDS
+    return is_bypassed(table, float("inf") if limit is None else limit * NANOSECONDS)

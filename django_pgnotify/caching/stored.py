@@ -47,12 +47,21 @@ def is_wrapped(stored: object) -> bool:
     return isinstance(stored, (tuple, list)) and len(stored) == 8 and stored[0] == _MARK
 
 
+def names_in(stored: object) -> list[str]:
+    """What a stored value depends on, stale or not; nothing if it is somebody else's."""
+    return list(stored[3]) if isinstance(stored, (tuple, list)) and is_wrapped(stored) else []
+
+
 def unwrap(stored: object, table: EpochTable) -> Found | None:
     """What is in ``stored`` if it counts now; None where it is stale or of somebody else's."""
     if not isinstance(stored, (tuple, list)) or not is_wrapped(stored):
         return None
     _, made_by, at, names, epochs, expires, kind, payload = stored
     now = table.capture(names)  # before it is judged
+    if not now.table:
+        return (
+            None  # the file has been taken away a moment ago: nothing can be told of what changed
+        )
     if made_by == now.table:
         if list(now.epochs) != list(epochs):
             return None

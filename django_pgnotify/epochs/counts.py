@@ -63,6 +63,11 @@ class CountsFile:
         os.ftruncate(self._fd, len(text))
         os.pwrite(self._fd, text[-1:], len(text) - 1)
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether somebody has taken away what was written."""
+        return self._fd is not None and not self._is_there()
+
     def close(self) -> None:
         """Let go of it: the counts in it become those of a process that has ended."""
         if self._fd is not None:

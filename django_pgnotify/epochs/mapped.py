@@ -146,11 +146,15 @@ def _open(path: str) -> int:
     try:
         return os.open(path, flags, MODE)
     except OSError as exc:
+        if exc.errno == errno.ENOENT:
+            raise InvalidEpochTable(
+                f"Epoch table {path!r} cannot be made: the folder {os.path.dirname(path)!r} does "
+                f"not exist. Make it, as the user whom all processes of the node run as, or name "
+                f"another file in PGNOTIFY_EPOCH_TABLE."
+            ) from exc
         why = exc.strerror or str(exc)
         if exc.errno == errno.ELOOP:
             why = "it is a symbolic link"
-        elif exc.errno == errno.ENOENT:
-            why = f"the folder {os.path.dirname(path)!r} does not exist"
         elif exc.errno in (errno.EACCES, errno.EPERM):
             why = f"{why}: it is another user's, or its folder is not ours to write to"
         raise InvalidEpochTable(

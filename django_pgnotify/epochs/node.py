@@ -54,13 +54,14 @@ def _place() -> tuple[str | None, int, str]:
     if path == AUTO and not IS_SUPPORTED:
         path = None
     owner = "" if path is None else _owner(everything=path == AUTO)
-    return default_path(owner, slots) if path == AUTO else path, slots, owner
+    # The user is asked for each time: a process may start as root, fork, and become another one.
+    return default_path(owner, slots, os.geteuid()) if path == AUTO else path, slots, owner
 
 
 @lru_cache(maxsize=16)
-def default_path(owner: str, slots: int) -> str:
+def default_path(owner: str, slots: int, user: int) -> str:
     """Where the table is that is named nowhere: in memory where there is such a folder."""
-    text = f"{owner} {os.geteuid()} {slots}".encode()
+    text = f"{owner} {user} {slots}".encode()
     digest = hashlib.blake2b(text, digest_size=8).hexdigest()
     folder = Path(_SHARED_MEMORY)
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):

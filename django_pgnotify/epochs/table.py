@@ -72,7 +72,7 @@ class Snapshot(NamedTuple):
     epochs: tuple[int, ...]
     """The global epoch, and that of each name."""
     table: int
-    """The id of the table that these are of."""
+    """The id of the table that these are of; 0 where it was dead."""
     at: int
     """Microseconds since 1970."""
 
@@ -289,10 +289,11 @@ class EpochTable:
 
     def _is_mapped(self) -> bool:
         """Whether the file that is there is the one that is mapped; closed, there is nothing to."""
-        if self.path is None:
+        path = self.path  # once: another thread may close it
+        if path is None:
             return True
         try:
-            return identity_of(os.stat(self.path, follow_symlinks=False)) == self._identity
+            return identity_of(os.stat(path, follow_symlinks=False)) == self._identity
         except OSError:
             return False
 

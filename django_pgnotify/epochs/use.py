@@ -58,17 +58,22 @@ def is_declared() -> bool:
 
 def heartbeat_interval() -> float | None:
     """Seconds between two heartbeats at most, so that no healthy one is too old for any cache."""
+    limits = staleness_limits().values()
+    return min(limits) / HEARTBEATS if limits else None
+
+
+def staleness_limits() -> dict[str, float]:
+    """MAX_STALENESS in seconds by alias, of caches with one of their own; of all others by ""."""
     try:
-        found = [conf.MAX_STALENESS]
+        found = {"": conf.MAX_STALENESS}
     except PgNotifyError:
-        return None  # a system check says so
-    for config in settings.CACHES.values():
+        return {}  # a system check says so
+    for alias, config in settings.CACHES.items():
         if uses_epochs(config.get("BACKEND")):
             options: Any = config.get("OPTIONS") or {}
             own = options.get("MAX_STALENESS")
-            found.append(own if isinstance(own, (int, float)) and own > 0 else None)
-    limits = [limit for limit in found if limit is not None]
-    return min(limits) / HEARTBEATS if limits else None
+            found[alias] = own if isinstance(own, (int, float)) and own > 0 else None
+    return {alias: limit for alias, limit in found.items() if limit is not None}
 
 
 def _is_configured() -> bool:

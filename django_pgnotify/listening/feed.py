@@ -42,20 +42,7 @@ class EpochFeed:
 
     def status(self) -> dict[str, Any]:
         """The table and the caches of this node, as plain values."""
-        table = self.table
-        heartbeat = table.heartbeat
-        counts = {} if table.path is None else latest_counts(table.path)
-        return {
-            "epoch_table": {
-                "path": table.path,
-                "age": round(table.age(), 3) if heartbeat else None,
-                "problem": table.problem or None,
-            },
-            "caches": {
-                alias: {**of_alias, "tags": busiest(of_alias.get("tags", {}), MOST_TAGS_TOLD)}
-                for alias, of_alias in counts.items()
-            },
-        }
+        return status_of(self.table)
 
     def apply(self, events: Sequence[Event]) -> None:
         """Make stale what these events tell of.
@@ -105,3 +92,20 @@ class EpochFeed:
             table.bump_all()
             self._since = table.id
         table.beat(at)
+
+
+def status_of(table: EpochTable) -> dict[str, Any]:
+    """A table and what the caches that depend on it have counted, as plain values."""
+    heartbeat = table.heartbeat
+    counts = {} if table.path is None else latest_counts(table.path)
+    return {
+        "epoch_table": {
+            "path": table.path,
+            "age": round(table.age(), 3) if heartbeat else None,
+            "problem": table.problem or None,
+        },
+        "caches": {
+            alias: {**of_alias, "tags": busiest(of_alias.get("tags", {}), MOST_TAGS_TOLD)}
+            for alias, of_alias in counts.items()
+        },
+    }

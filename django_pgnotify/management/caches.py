@@ -1,10 +1,17 @@
-"""The caches of each node, out of what its listeners answer, for people and for programs."""
+"""The caches of each node, out of what its listeners answer, for people and for programs.
+
+Of this node they are read, too: when none of its listeners answers is when they are bypassed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..conf import conf
+from ..epochs.node import node_table
+from ..epochs.use import is_in_use
+from ..listening.feed import status_of
 from .durable import table
 
 COLUMNS = (
@@ -36,9 +43,20 @@ def caches_of_nodes(listeners: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found, key=str)]
 
 
-def cache_lines(listeners: list[dict[str, Any]]) -> Iterator[str]:
-    """Tables of the caches and of their tags; nothing where no node keeps an epoch table."""
-    nodes = caches_of_nodes(listeners)
+def caches_of_this_node() -> list[dict[str, Any]]:
+    """As a listener of this node would answer; nothing where its processes share no table."""
+    if not is_in_use() or (table := node_table()).path is None:
+        return []
+    return [{"node": conf.NODE, **status_of(table)}]
+
+
+def cache_lines(nodes: list[dict[str, Any]], limits: Mapping[str, float]) -> Iterator[str]:
+    """Tables of the caches and of their tags; nothing where no node keeps an epoch table.
+
+    Args:
+        nodes: what :func:`caches_of_nodes` returns.
+        limits: what ``staleness_limits`` does.
+    """
     rows = [
         (alias, one["node"], *_numbers(counts, ("processes", "entries")), *_counts(counts))
         for one in nodes
@@ -58,11 +76,22 @@ def cache_lines(listeners: list[dict[str, Any]]) -> Iterator[str]:
         where = "in each process" if one["path"] is None else one["path"]
         if one["problem"]:
             state = f"not usable: {one['problem']}"
-        elif one["age"] is None:
-            state = "not proven up to date yet"
         else:
-            state = f"up to date {one['age']:.1f} s ago"
+            state = _state(one["age"], limits)
         yield f"epoch table of {one['node']}: {where}, {state}"
+
+
+def _state(age: float | None, limits: Mapping[str, float]) -> str:
+    if age is None:
+        return "bypassed: no heartbeat yet" if limits else "no heartbeat yet"
+    over = [
+        f"MAX_STALENESS{f' of {alias!r}' if alias else ''} is {limit:g} s"
+        for alias, limit in limits.items()
+        if age > limit
+    ]
+    if not over:
+        return f"up to date {age:.1f} s ago"
+    return f"bypassed: heartbeat is {age:.1f} s old, {', '.join(over)}"
 
 
 def _is_about(about: Any) -> bool:

@@ -60,6 +60,7 @@ class Announcer:
         self._inherited: list[Any] = []
         self._connection = None
         self._registered = False
+        self._changed = threading.Condition()
         self._begin_anew()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forked)
@@ -101,7 +102,6 @@ class Announcer:
             self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._changed = threading.Condition()
         self._names = {}
         self._doubtful = []
         self._busy = self._ending = False
@@ -113,6 +113,7 @@ class Announcer:
             self._inherited.append(self._connection)
             self._connection = None
         self._registered = False
+        self._changed = threading.Condition()  # another thread of the parent may have held it
         self._begin_anew()
 
     def _has_work(self) -> bool:

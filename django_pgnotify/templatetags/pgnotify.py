@@ -120,7 +120,7 @@ class CachedNode(Node):
             return float(value)
         except (TypeError, ValueError):
             raise self._error(
-                f"the timeout is a number of seconds, or None; got {value!r}."
+                f"the timeout {self.timeout} is {value!r}; it takes a number of seconds, or None."
             ) from None
 
     def _alias(self, given: Any) -> str:

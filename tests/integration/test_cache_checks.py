@@ -89,6 +89,13 @@ def test_a_table_that_cannot_be_used_is_told(settings: Any, tmp_path: Path) -> N
     assert "broken" in message
 
 
+def test_a_folder_that_is_missing_is_named_with_what_to_do(settings: Any, tmp_path: Path) -> None:
+    settings.PGNOTIFY_EPOCH_TABLE = str(tmp_path / "nowhere" / "epochs")
+    [(number, message)] = found()
+    assert number == "pgnotify.E009"
+    assert f"the folder {str(tmp_path / 'nowhere')!r} does not exist. Make it, " in message
+
+
 def test_settings_that_cannot_be_read_are_told_once(settings: Any) -> None:
     settings.PGNOTIFY_EPOCH_TABLE = "relative/path"
     settings.PGNOTIFY_MAX_STALENESS = 0

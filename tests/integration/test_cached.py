@@ -18,12 +18,14 @@ from django_pgnotify.caching import (
     NearCache,
     aget_or_set,
     ainvalidate_tags,
+    cache_counts,
     cached,
     get_or_set,
     invalidate_keys,
     invalidate_tags,
     lookup,
     model_tag,
+    reporting,
     take_lease,
 )
 from django_pgnotify.caching.level import MISSING
@@ -247,6 +249,31 @@ def test_what_could_never_work_is_refused_where_it_is_written(
 ) -> None:
     with pytest.raises(error, match=words):
         cached(**arguments)(lambda pk: pk)
+
+
+def test_a_decorator_without_parentheses_or_names_says_what_to_write() -> None:
+    def books() -> None: ...
+
+    anything: Any = cached
+    for given, words in [
+        (books, r"above books\(\).*write @cached\(\)"),
+        (300, "write timeout=300"),
+        (Order, r"write depends_on=\[Order\]"),
+        ("testapp.Order", "named arguments only .*got 'testapp.Order'"),
+    ]:
+        with pytest.raises(InvalidArgument, match=words):
+            anything(given)
+    with pytest.raises(InvalidArgument, match="timeout=60"):
+        anything(60, depends_on=[Order])
+
+
+def test_stale_values_are_counted_by_tag(alias: str, count: Counter) -> None:
+    orders = cached_count(count, alias)
+    orders()
+    Order.objects.create()
+    reporting._forked()  # counts begin anew, as those of a NearCache did
+    orders()
+    assert cache_counts()[alias]["tags"][model_tag(Order)]["stale"] == 1
 
 
 def test_a_model_that_publishes_nothing_cannot_be_depended_on() -> None:

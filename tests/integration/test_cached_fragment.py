@@ -205,7 +205,9 @@ def test_a_token_of_one_visitor_is_not_kept_for_all() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("'soon' it", "timeout is a number of seconds, or None; got 'soon'"),
+        ("'soon' it", "the timeout 'soon' is 'soon'; it takes a number of seconds, or None"),
+        ("second it", "the timeout second is ''; it takes a number of seconds"),
+        ("user.age it", "the timeout user.age is 'old'"),
         ("60 it using='nowhere'", "no alias 'nowhere'; choose from 'default', 'near'"),
         ("60 it depends_on='testapp.Nothing'", "testapp.Nothing"),
         ("60 it depends_on='testapp.Tag'", "publishes no changes"),
@@ -217,7 +219,7 @@ def test_a_token_of_one_visitor_is_not_kept_for_all() -> None:
     ],
 )
 def test_what_cannot_be_is_said_when_it_is_rendered(arguments: str, says: str) -> None:
-    page = Page(arguments, number=7, none=None)
+    page = Page(arguments, number=7, none=None, user={"age": "old"})
     with pytest.raises(TemplateSyntaxError, match=says) as raised:
         page()
     assert "{% cached … it %}" in str(raised.value)

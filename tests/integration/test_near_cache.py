@@ -21,12 +21,12 @@ import pytest
 from django.core.cache import caches
 from django.core.cache.backends.base import CacheKeyWarning
 
-from django_pgnotify.caching import NearCache, invalidate_tags
+from django_pgnotify.caching import NearCache, get_or_set, invalidate_tags
 from django_pgnotify.caching.frozen import freeze
 from django_pgnotify.caching.store import NEVER, Store
 from django_pgnotify.epochs.clock import NANOSECONDS, node_clock
 from django_pgnotify.epochs.names import tag_name
-from django_pgnotify.epochs.node import node_table
+from django_pgnotify.epochs.node import node_table, table_path
 from django_pgnotify.exceptions import InvalidSetting
 from tests.integration.caching import near_caches
 
@@ -426,6 +426,7 @@ def test_a_table_that_cannot_be_used_is_an_empty_cache_and_one_error(
         careless = NearCache("broken", {"OPTIONS": {"MAX_STALENESS": None}})
         careless.set("a", 1)
         assert careless.get("a") is None, "nobody could tell this process of a change"
+        assert careless.level.store.entries == {}, "nor whoever looks when the next table dies"
         assert node_table().bump(["a"]) > 0
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "broken" in caplog.text
@@ -442,6 +443,36 @@ def test_a_table_that_is_taken_away_under_a_running_process_ends_what_is_cached(
     mine.set("a", 2)
     assert mine.get("a") == 2
     assert os.path.exists(settings.PGNOTIFY_EPOCH_TABLE)
+
+
+def test_a_table_that_dies_while_a_cache_is_asked_lets_no_stale_value_through(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.PGNOTIFY_MAX_STALENESS = None
+    get_or_set("a", lambda: "old", tags=["shelf"], cache="files")
+    node_table().bump([tag_name("shelf")])
+    backend = type(caches["files"])
+    get = backend.get
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = get(self, *args, **kwargs)
+        path = Path(settings.PGNOTIFY_EPOCH_TABLE)
+        path.unlink()
+        path.write_bytes(b"no table")
+        node_table().verify(node_clock())  # as another thread does
+        return found
+
+    monkeypatch.setattr(backend, "get", dying)
+    assert get_or_set("a", lambda: "new", tags=["shelf"], cache="files") == "new"
+
+
+def test_who_becomes_another_user_has_that_users_table(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.PGNOTIFY_EPOCH_TABLE = "auto"
+    path = table_path()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert table_path() != path, "gunicorn starts as root and forks workers of another user"
 
 
 # -- the second level ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import psycopg
@@ -205,7 +205,19 @@ def test_the_last_gap_is_told_with_its_times_and_its_cause() -> None:
     gap = answer["last_gap"]
     assert datetime.fromisoformat(gap["since"]) <= datetime.fromisoformat(gap["until"])
     assert gap["cause"]
-    assert f"{gap['until'][11:19]} ({gap['cause']})" in table
+    assert f"{gap['until'][11:19]} ({gap['cause'][:39].rstrip()}" in table
+
+
+def test_a_long_cause_of_a_gap_is_cut_in_the_table_and_whole_in_json() -> None:
+    hear("jobs")
+    cause = "connection-was-lost:" * 5
+    with running_listener() as listener:
+        assert listener.service is not None
+        listener.service.listener.note_gap(None, datetime.now(UTC), cause)
+        answer = status("--json").only()
+        table = status().text
+    assert answer["last_gap"]["cause"] == cause
+    assert f"{answer['last_gap']['until'][11:19]} ({cause[:39]}…)" in table
 
 
 def test_times_and_round_trip_are_those_of_this_connection(settings: Settings) -> None:

@@ -26,12 +26,16 @@ def status(node: str, age: float | None = 0.25, **changes: Any) -> dict[str, Any
     return {"node": node, "topics": [], "epoch_table": about, "caches": COUNTS, **changes}
 
 
+def lines_of(*listeners: dict[str, Any], **limits: float) -> list[str]:
+    return list(cache_lines(caches_of_nodes(list(listeners)), {"": 30.0, **limits}))
+
+
 def cells(line: str) -> list[str]:
     return [cell for cell in line.split("  ") if cell.strip()]
 
 
 def test_each_cache_and_tag_of_each_node_has_a_line() -> None:
-    lines = list(cache_lines([status("web2"), status("web1")]))
+    lines = lines_of(status("web2"), status("web1"))
     assert tuple(cell.strip() for cell in cells(lines[0])) == HEADINGS
     rows = [line.split() for line in lines]
     assert rows[1] == ["files", "web1", "-", "-", "7", "1", "-", "-", "-", "-", "-"]
@@ -55,13 +59,28 @@ def test_two_listeners_of_a_node_are_one_and_the_freshest_counts() -> None:
 @pytest.mark.parametrize(
     ("about", "says"),
     [
-        ({"path": None, "age": None, "problem": None}, "in each process, not proven"),
+        (
+            {"path": None, "age": None, "problem": None},
+            "in each process, bypassed: no heartbeat yet",
+        ),
         ({"path": "/x", "age": None, "problem": "no access"}, "/x, not usable: no access"),
+        (
+            {"path": "/x", "age": 41.04, "problem": None},
+            "/x, bypassed: heartbeat is 41.0 s old, MAX_STALENESS is 30 s",
+        ),
     ],
 )
 def test_a_table_that_is_of_no_use_says_why(about: dict[str, Any], says: str) -> None:
-    [line] = cache_lines([status("web1", caches={}, epoch_table=about)])
+    [line] = lines_of(status("web1", caches={}, epoch_table=about))
     assert says in line
+
+
+def test_a_heartbeat_is_too_old_for_the_caches_whose_limit_it_exceeds() -> None:
+    [line] = lines_of(status("web1", 7, caches={}), quick=5, slow=300)
+    assert line.endswith("bypassed: heartbeat is 7.0 s old, MAX_STALENESS of 'quick' is 5 s")
+    never: dict[str, float] = {}
+    [line] = cache_lines(caches_of_nodes([status("web1", 7000, caches={})]), never)
+    assert line.endswith("up to date 7000.0 s ago")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +103,7 @@ def test_an_answer_that_is_not_one_of_ours_is_passed_over(answer: dict[str, Any]
     odd = {"node": "web1", **(answer if not answer or "epoch_table" in answer else {})}
     if "caches" in answer:
         odd = status("web1", **answer)
-    assert list(cache_lines([odd])) == []
+    assert lines_of(odd) == []
 
 
 def test_a_status_that_is_too_long_keeps_its_caches_and_gives_up_tags_first() -> None:

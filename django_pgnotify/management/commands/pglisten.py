@@ -153,7 +153,7 @@ class Command(BaseCommand):
     def _ready(self, service: Service) -> None:
         self._waiting = False
         self._say(
-            f"pglisten: ready (database {service.using!r}, {len(service.topics)} topic(s), "
+            f"pglisten: ready (database {service.using!r}, {_topics_of(service)}, "
             f"{len(service.routes)} receiver(s), {service.role})"
         )
         systemd.tell(f"READY=1\nSTATUS={service.role} on database {service.using}")
@@ -179,6 +179,13 @@ async def _feed_watchdog() -> None:
     while interval is not None:
         systemd.tell("WATCHDOG=1")
         await asyncio.sleep(interval)
+
+
+def _topics_of(service: Service) -> str:
+    told = f"{len(service.topics)} topic(s)"
+    feed = service.feed
+    beside = set() if feed is None else feed.topics - set(service.topics)
+    return f"{told}, {len(beside)} more for caches" if beside else told
 
 
 def _note(events: Sequence[Event], first: asyncio.Event) -> None:

@@ -14,15 +14,19 @@ from django.db import ProgrammingError
 from django_pgnotify.conf import conf
 from django_pgnotify.consumers import consumers
 from django_pgnotify.durable.lag import Lag
+from django_pgnotify.epochs.use import staleness_limits
 from django_pgnotify.exceptions import ListenError, UnsupportedDatabase
 from django_pgnotify.listening.roll_call import RollCall, call_the_roll
 from django_pgnotify.management.arguments import seconds
-from django_pgnotify.management.caches import cache_lines, caches_of_nodes
+from django_pgnotify.management.caches import cache_lines, caches_of_nodes, caches_of_this_node
 from django_pgnotify.management.durable import as_dict, lines, table
 from django_pgnotify.models import Consumer
 from django_pgnotify.publishing.sender import check_alias
 
 WELL, NOT_WELL, UNREACHABLE = 0, 1, 2
+
+LONGEST_CAUSE = 40
+"""Characters of a gap's cause that the table shows; JSON has all of it."""
 
 
 class Command(BaseCommand):
@@ -58,20 +62,25 @@ class Command(BaseCommand):
             raise CommandError(message, returncode=UNREACHABLE) from exc
         problem = _problem(roll)
         known = _consumers(conf.rows_database(using))
+        nodes = caches_of_nodes([*roll.listeners, *caches_of_this_node()])
         if options["json"]:
-            self.stdout.write(json.dumps(_as_json(roll, problem, known), indent=2))
+            self.stdout.write(json.dumps(_as_json(roll, problem, known, nodes), indent=2))
         else:
-            self._print(roll, problem, known)
+            self._print(roll, problem, known, nodes)
         sys.exit(WELL if problem is None else NOT_WELL)
 
     def _print(
-        self, roll: RollCall, problem: str | None, known: list[tuple[Consumer, Lag]]
+        self,
+        roll: RollCall,
+        problem: str | None,
+        known: list[tuple[Consumer, Lag]],
+        nodes: list[dict[str, Any]],
     ) -> None:
         for line in table([_HEADINGS, *map(_row, roll.listeners)]):
             self.stdout.write(line)
         for line in lines(known) if known else ():
             self.stdout.write(line)
-        for line in cache_lines(roll.listeners):
+        for line in cache_lines(nodes, staleness_limits()):
             self.stdout.write(line)
         self.stdout.write(f"notification queue: {roll.queue_usage:.1%} full")
         for suspect in roll.suspects:
@@ -117,13 +126,17 @@ def _row(status: dict[str, Any]) -> tuple[str, ...]:
         str(counts.get("handled", 0)),
         str(counts.get("failed", 0)),
         str(counts.get("dropped", 0)),
-        "-" if gap is None else f"{_clock(gap['until'])} ({gap['cause']})",
+        "-" if gap is None else f"{_clock(gap['until'])} ({_short(gap['cause'])})",
         ", ".join(status["topics"]),
     )
 
 
 def _clock(moment: str | None) -> str:
     return "-" if moment is None else moment[11:19]
+
+
+def _short(cause: str) -> str:
+    return cause if len(cause) <= LONGEST_CAUSE else f"{cause[: LONGEST_CAUSE - 1].rstrip()}…"
 
 
 def _problem(roll: RollCall) -> str | None:
@@ -147,13 +160,16 @@ def _consumers(using: str) -> list[tuple[Consumer, Lag]]:
 
 
 def _as_json(
-    roll: RollCall, problem: str | None, known: list[tuple[Consumer, Lag]]
+    roll: RollCall,
+    problem: str | None,
+    known: list[tuple[Consumer, Lag]],
+    nodes: list[dict[str, Any]],
 ) -> dict[str, Any]:
     return {
         "problem": problem,
         "listeners": roll.listeners,
         "consumers": [as_dict(*one) for one in known],
-        "caches": caches_of_nodes(roll.listeners),
+        "caches": nodes,
         "queue_usage": roll.queue_usage,
         "suspects": [suspect._asdict() for suspect in roll.suspects],
     }
