@@ -213,7 +213,7 @@ def test_a_long_cause_of_a_gap_is_cut_in_the_table_and_whole_in_json() -> None:
     cause = "connection-was-lost:" * 5
     with running_listener() as listener:
         assert listener.service is not None
-        listener.service.listener.note_gap(None, datetime.now(UTC), cause)
+        listener.service.listener.health.note_gap(None, datetime.now(UTC), cause)
         answer = status("--json").only()
         table = status().text
     assert answer["last_gap"]["cause"] == cause
