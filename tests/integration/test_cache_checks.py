@@ -10,7 +10,9 @@ import pytest
 from django.core import checks
 
 from django_pgnotify.caching import cached
+from django_pgnotify.management.commands.pgnotify_status import Command
 from django_pgnotify.registry import Registry
+from django_pgnotify.testing import running_listener
 from tests.integration.caching import NEAR, near_caches
 from tests.testapp.models import Order
 
@@ -103,3 +105,16 @@ def test_settings_that_cannot_be_read_are_told_once(settings: Any) -> None:
     told = [one.msg for one in checks.run_checks(tags=["pgnotify"]) if one.id == "pgnotify.E003"]
     assert len(told) == 2
     assert any("absolute path" in message for message in told)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_status_can_be_asked_for_though_a_check_finds_an_error(
+    settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"no table of ours")
+    settings.PGNOTIFY_EPOCH_TABLE = str(broken)
+    assert "pgnotify.E009" in dict(found())
+    with running_listener(topics=["rooms"]), pytest.raises(SystemExit):
+        Command().run_from_argv(["manage.py", "pgnotify_status"])
+    assert f"{broken}, not usable: " in capsys.readouterr().out

@@ -34,6 +34,8 @@ class Command(BaseCommand):
         "Ask every live listener how it is. Exit code 0: there is one, and a leader; "
         "1: there is not; 2: the database cannot be reached."
     )
+    # It is what one looks at when something is wrong, and says itself what is with the caches.
+    requires_system_checks = ()
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
