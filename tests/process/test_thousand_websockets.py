@@ -70,6 +70,7 @@ class Visitor:
         self.told: list[int | Gap | str] = []
         self._changed = asyncio.Event()
         self.task = asyncio.create_task(self._read(), name="visitor")
+        self.task.add_done_callback(lambda _: self._changed.set())
 
     async def _read(self) -> None:
         async for text in self.socket:
@@ -78,15 +79,15 @@ class Visitor:
                 case "news":
                     self.told.append(value)
                 case "gap":
-                    self.told.append(
-                        Gap(*(datetime.fromisoformat(each).timestamp() for each in value))
-                    )
+                    self.told.append(Gap(*map(seconds, value)))
                 case _:
                     self.told.append(kind)
             self._changed.set()
 
     async def until(self, met: Callable[[Visitor], bool]) -> None:
         while not met(self):
+            if self.task.done():
+                raise AssertionError("the socket is closed") from self.task.exception()
             self._changed.clear()
             await self._changed.wait()
 
