@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from django.core.cache import caches
 from django.core.signals import request_finished
+from django.db import close_old_connections
 
 from django_pgnotify.caching import reporting
 from django_pgnotify.epochs.clock import node_clock
@@ -36,7 +37,12 @@ def hits(path: str) -> int:
 
 
 def end_request() -> None:
-    request_finished.send(sender=None)
+    # As Django's test client does: nothing here is about connections that other tests have left.
+    request_finished.disconnect(close_old_connections)
+    try:
+        request_finished.send(sender=None)
+    finally:
+        request_finished.connect(close_old_connections)
 
 
 def test_a_burst_is_written_down_when_its_request_ends(path: str) -> None:

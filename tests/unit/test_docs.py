@@ -251,7 +251,11 @@ def test_a_signature_of_the_api_reference_is_that_of_the_code(name: str) -> None
     word, parameters, returns = signatures()[name]
     found = inspect.signature(public(name))
     bare = found.replace(
-        parameters=[one.replace(annotation=one.empty) for one in found.parameters.values()],
+        parameters=[
+            one.replace(annotation=one.empty)
+            for one in found.parameters.values()
+            if one.annotation != "Never"  # it is there for a better error
+        ],
         return_annotation=found.empty,
     )
     assert parameters == str(bare).replace(repr(DEFAULT_TIMEOUT), "DEFAULT_TIMEOUT")
