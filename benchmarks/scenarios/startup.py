@@ -55,7 +55,7 @@ def cases(quick: bool) -> Iterable[Case]:
         metrics=(READY, RSS),
         variants=tuple(Variant(name, partial(starting, how)) for name, how in VARIANTS.items()),
         reference=None,
-        rounds=3 if quick else 9,
+        rounds=2 if quick else 9,
     )
     # Three of these make a round, which has a heartbeat or more of pglisten: one in ten seconds.
     seconds = 3.5 if quick else 20

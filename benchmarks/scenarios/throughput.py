@@ -52,7 +52,7 @@ def measured(way: ways.Way, count: int, disk: Disk, seconds: float) -> Iterator[
 def cases(quick: bool) -> Iterable[Case]:
     for disk, name in DISKS.items():
         for count in (1, 8, 32):
-            if quick and (count == 1 or disk == "real"):
+            if quick and (count != 8 or disk == "real"):
                 continue
             yield Case(
                 f"{count} client{'s' * (count > 1)}, {name}",
