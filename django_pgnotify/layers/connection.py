@@ -323,8 +323,7 @@ class LayerListener(Listener):
         if (
             connection is not None
             and connection.lost is None
-            and self._waiter is not None
-            and not self._kicked
+            and self._wake_up.awaited
             and not self._undone
             and self.session.state == "established"
             and self._own_channels.isdisjoint([one.channel for one in connection._inbox])

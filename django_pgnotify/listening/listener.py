@@ -28,6 +28,7 @@ from .parameters import connection_params
 from .session import Session, Timing
 from .sink import Sink
 from .status import STATUS_CHANNEL, may_reply_on, status_payload
+from .wake_up import WakeUp
 
 logger = logging.getLogger("django_pgnotify.listening")
 
@@ -100,8 +101,7 @@ class Listener:
         self._wanted: frozenset[str] | None = None
         self._stop_requested = False
         self._opening: asyncio.Task[ListenConnection] | None = None
-        self._kicked = False
-        self._waiter: asyncio.Future[None] | None = None
+        self._wake_up = WakeUp()
         self._undone: list[Command] = []
         self._fault: Exception | None = None
 
@@ -126,9 +126,7 @@ class Listener:
 
     def kick(self) -> None:
         """Have the loop of :meth:`run` look again."""
-        self._kicked = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._wake_up.ask()
 
     def status(self) -> dict[str, Any]:
         """Whether and since when it is established, its last echo and its last gap."""
@@ -149,7 +147,7 @@ class Listener:
         try:
             await self._carry_out(self.session.start(now()))
             while not self._stop_requested:
-                await self._wait()
+                await self._wake_up.wait(self.session.wake_at)
                 if self._fault is not None:
                     raise self._fault
                 if self._wanted is not None:
@@ -161,21 +159,6 @@ class Listener:
         finally:
             await self._carry_out(self.session.stop(now()))
 
-    async def _wait(self) -> None:
-        loop = asyncio.get_running_loop()
-        if not self._kicked:
-            self._waiter = loop.create_future()
-            alarm = None
-            if self.session.wake_at is not None:
-                alarm = loop.call_at(self.session.wake_at, self.kick)
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-                if alarm is not None:
-                    alarm.cancel()
-        self._kicked = False
-
     def _on_input(self) -> None:
         """The connection has read something.
 
@@ -183,7 +166,7 @@ class Listener:
         is woken for everything else, and sees to it in its turn.
         """
         connection = self._connection
-        if connection is None or self._waiter is None or self._kicked:
+        if connection is None or not self._wake_up.awaited:
             self.kick()
             return
         heard = connection.take()
