@@ -55,6 +55,7 @@ def shop(monkeypatch: pytest.MonkeyPatch, settings: Any, tmp_path: Path) -> Iter
     package.models = models  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "shop", package)
     monkeypatch.setitem(sys.modules, "shop.models", models)
+    monkeypatch.setitem(sys.modules, "shop.permissions", types.ModuleType("shop.permissions"))
     for value in vars(signals).values():
         if isinstance(value, Signal):
             monkeypatch.setattr(value, "receivers", [])
@@ -69,6 +70,8 @@ def shop(monkeypatch: pytest.MonkeyPatch, settings: Any, tmp_path: Path) -> Iter
 def run(snippet: Snippet, namespace: dict[str, Any]) -> None:
     code = compile(snippet.source, str(snippet.path), "exec", dont_inherit=True)
     exec(code, namespace)  # noqa: S102 - our own pages
+    # A page is one namespace: what it has its reader write there can be imported from there.
+    vars(sys.modules["shop.permissions"]).update(namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
