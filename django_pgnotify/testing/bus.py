@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -70,6 +71,10 @@ class InMemoryBus:
         traceback: TracebackType | None,
     ) -> None:
         self._stack.close()
+        # forward() has sent through the channel layer, whose connections would keep a test
+        # database from being dropped.
+        if loops := sys.modules.get("django_pgnotify.layers.loops"):
+            loops.stop_all()
         if exc is None:
             self._raise_error()
 
