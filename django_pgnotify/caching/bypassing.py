@@ -17,6 +17,9 @@ from ..epochs.table import EpochTable
 
 logger = logging.getLogger("django_pgnotify.caching")
 
+FIRST_HEARTBEAT = 5 * NANOSECONDS
+"""Time in which a table in a file gets its first heartbeat, where somebody listens."""
+
 
 class _Bypass(NamedTuple):
     since: int
@@ -51,9 +54,10 @@ def _note_bypass(table: EpochTable, limit: float) -> None:
     with _guard:
         known, now = _bypasses.get(key), node_clock()
         since = now if known is None else known.since
-        # Why a table is dead its owner has said. One in memory has no heartbeat when the process
-        # begins: its listener has only just been started.
-        early = table.path is None and not table.heartbeat and now - since <= limit
+        # Why a table is dead its owner has said. One that has just been made has no heartbeat: that
+        # in memory has a listener that is starting, and pglisten sees the file in a second.
+        patience = limit if table.path is None else min(limit, FIRST_HEARTBEAT)
+        early = not table.heartbeat and now - since <= patience
         new = _Bypass(since, told=not early, dead=dead)
         _bypasses[key] = new
         tell = new != known and new.told and not dead

@@ -120,7 +120,7 @@ class Listener:
         self.kick()
 
     def beat_every(self, interval: float) -> None:
-        """Prove itself at least that often, in seconds, from here on."""
+        """Prove itself now, and at least that often, in seconds, from here on."""
         self.session.beat_every(self._now(), min(interval, conf.HEARTBEAT_INTERVAL))
         self.kick()
 

@@ -252,9 +252,9 @@ class Session:
         return self._change_channels(now)
 
     def beat_every(self, now: float, interval: float) -> None:
-        """From here on there are at most ``interval`` seconds between two heartbeats."""
+        """There is a heartbeat now, and from here on one each ``interval`` seconds."""
         self.timing = replace(self.timing, heartbeat_interval=interval)
-        self._next_echo = min(self._next_echo, now + interval)
+        self._next_echo = now
         if self.state == "established":
             self._set_alarm()
 

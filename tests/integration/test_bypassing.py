@@ -87,13 +87,38 @@ def test_a_bypass_is_said_once_when_it_begins_and_once_when_it_ends(
     assert levels(said) == ["WARNING", "INFO", "WARNING"]
 
 
-def test_a_process_that_nobody_has_listened_for_yet_says_one_line(
-    said: list[logging.LogRecord],
-) -> None:
-    for alias in ("near", "layered", "files") * 2:
+def look_at_all() -> None:
+    for alias in ("near", "layered", "files"):
         get_or_set("a", lambda: 1, cache=alias)
+
+
+def test_a_process_that_nobody_has_listened_for_yet_says_one_line(
+    said: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_at_all()
+    assert said == [], "a pglisten needs a moment to see the table"
+    later(monkeypatch, 6)
+    look_at_all()
+    look_at_all()
     [begin] = said
     assert "no heartbeat yet" in begin.getMessage()
+
+
+def test_a_table_in_a_file_has_a_moment_for_its_first_heartbeat(
+    said: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_at_all()
+    beat()
+    look_at_all()
+    later(monkeypatch, 6)
+    look_at_all()
+    assert said == []
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have that much time pass for what judges heartbeats."""
+    now = node_clock() + int(seconds * NANOSECONDS)
+    monkeypatch.setattr(bypassing, "node_clock", lambda: now)
 
 
 def test_of_many_threads_one_says_it(said: list[logging.LogRecord]) -> None:
@@ -114,7 +139,10 @@ def test_of_many_threads_one_says_it(said: list[logging.LogRecord]) -> None:
 
 
 def test_a_table_that_cannot_be_used_is_one_error_and_its_end_is_said(
-    settings: Any, tmp_path: Path, said: list[logging.LogRecord]
+    settings: Any,
+    tmp_path: Path,
+    said: list[logging.LogRecord],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "broken"
     path.write_bytes(b"no table")
@@ -123,7 +151,8 @@ def test_a_table_that_cannot_be_used_is_one_error_and_its_end_is_said(
         get_or_set("a", lambda: 1, cache="files")
     assert levels(said) == ["ERROR"]
     path.unlink()
-    node_table()._retry_at = 0  # a second later
+    node_table()._retry_at = 0
+    later(monkeypatch, 6)
     for _ in range(2):
         get_or_set("a", lambda: 1, cache="files")
     assert levels(said) == ["ERROR", "WARNING"], "there is nobody who listens, either"
@@ -142,8 +171,7 @@ def test_a_table_in_memory_has_time_for_its_first_heartbeat(
     assert said == []
     late = EpochTable.in_process(64)
     assert is_bypassed(late, LIMIT)
-    now = node_clock() + 31 * NANOSECONDS
-    monkeypatch.setattr(bypassing, "node_clock", lambda: now)
+    later(monkeypatch, 31)
     assert is_bypassed(late, LIMIT)
     [begin] = said
     assert "does its listener reach the database" in begin.getMessage()

@@ -743,6 +743,8 @@ def test_heartbeats_can_be_asked_for_more_often_while_it_runs() -> None:
     establish(one, 10.0)
     assert one.wake_at == 14.0
     one.beat_every(11.0, 1.5)
+    assert one.wake_at == 11.0
+    beat(one, 11.0)
     assert one.wake_at == 12.5
     assert kinds(one.tick(12.5)) == [Echo]
     one.beat_every(12.5, 3.0)
