@@ -212,12 +212,9 @@ def test_layers_are_made_in_one_thread_while_loops_end_in_another(make_layer: Ma
         loop.close()
 
 
-def test_two_threads_of_a_forked_child_begin_anew_once(
-    layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else the second one forgets whom the first one's channels belong to."""
+def slowly(reset: Callable[[], None]) -> tuple[Callable[[], None], list[int]]:
+    """A reset that waits for a second one to begin, and one entry for each that has begun."""
     both, begun = threading.Event(), list[int]()
-    reset = layer._reset
 
     def reset_slowly() -> None:
         begun.append(1)
@@ -226,6 +223,14 @@ def test_two_threads_of_a_forked_child_begin_anew_once(
         both.wait(0.1)
         reset()
 
+    return reset_slowly, begun
+
+
+def test_two_threads_of_a_forked_child_begin_anew_once(
+    layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the second one forgets whom the first one's channels belong to."""
+    reset_slowly, begun = slowly(layer._reset)
     monkeypatch.setattr(layer, "_reset", reset_slowly)
     monkeypatch.setattr(loops, "generation", loops.generation + 1)
     with ThreadPoolExecutor(2) as threads:
@@ -238,18 +243,9 @@ def test_two_threads_of_a_forked_child_begin_to_hear_what_is_forwarded_once(
     layer: PostgresChannelLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else both subscribe, and members are told twice."""
-    both, begun = threading.Event(), list[int]()
     feed = layer.feed
     assert isinstance(feed, DirectFeed)
-    reset = feed._reset
-
-    def reset_slowly() -> None:
-        begun.append(1)
-        if len(begun) > 1:
-            both.set()
-        both.wait(0.1)
-        reset()
-
+    reset_slowly, begun = slowly(feed._reset)
     monkeypatch.setattr(feed, "_reset", reset_slowly)
     feed._pid = 0  # of another process
     with ThreadPoolExecutor(2) as threads:
