@@ -19,6 +19,7 @@ from django_pgnotify.durable.log import missing_tables
 from django_pgnotify.exceptions import UnsupportedDatabase
 from django_pgnotify.models import Consumer
 from django_pgnotify.publishing.sender import check_alias
+from django_pgnotify.registry import registry
 
 
 def add_database(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,14 @@ def database(alias: str | None) -> str:
         if cursor.fetchone() == (True,):
             raise CommandError(f"pgnotify: {missing_tables(using)}.")
     return using
+
+
+def registered(using: str) -> dict[str, tuple[str, ...]]:
+    """The durable consumers that the code has, with their topics, where ``using`` has their log."""
+    if using != conf.DATABASE:
+        return {}
+    found = {one.uid: registry.durable_topics(one, conf.DELIVERY) for one in registry.receivers}
+    return {name: topics for name, topics in found.items() if topics}
 
 
 def moment(text: str) -> datetime:
@@ -86,6 +95,13 @@ def lines(known: Sequence[tuple[Consumer, Lag]]) -> list[str]:
     return table(rows)
 
 
+def unmade_lines(names: Sequence[str], using: str) -> list[str]:
+    """Of consumers that the code has, and that have no row yet."""
+    where = "" if using == "default" else f" --database={using}"
+    to_do = f"not made yet: run 'manage.py migrate{where}', or start pglisten"
+    return table([(name, to_do) for name in names]) if names else []
+
+
 def as_dict(one: Consumer, lag: Lag) -> dict[str, Any]:
     """A consumer as plain values."""
     return {
@@ -102,4 +118,23 @@ def as_dict(one: Consumer, lag: Lag) -> dict[str, Any]:
         "handled": one.handled,
         "lost": one.gap_events,
         "holder": one.holder,
+    }
+
+
+def unmade_as_dict(name: str, topics: Sequence[str]) -> dict[str, Any]:
+    """One that has no row yet, with the members of the others."""
+    return {
+        "name": name,
+        "topics": list(topics),
+        "state": "not made yet",
+        "paused": False,
+        "resync": "",
+        "events_behind": 0,
+        "more_behind": False,
+        "seconds_behind": 0.0,
+        "dead_letters": 0,
+        "waiting_letters": 0,
+        "handled": 0,
+        "lost": 0,
+        "holder": "",
     }

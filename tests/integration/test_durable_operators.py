@@ -199,7 +199,6 @@ def test_the_lag_in_the_middle_of_a_sweep_counts_the_rest_of_it(recorder: Record
 def test_consumers_are_listed_with_their_lag_by_the_command_and_by_the_status(
     recorder: Recorder,
 ) -> None:
-    assert "no durable consumer" in command("pgnotify_consumers")
     register()
     publish_many(LEDGER, [1, 2, 3])
     table = command("pgnotify_consumers")
@@ -217,6 +216,29 @@ def test_consumers_are_listed_with_their_lag_by_the_command_and_by_the_status(
     with pytest.raises(SystemExit):
         call_command("pgnotify_status", "--timeout", "0", stdout=out)
     assert "EVENTS BEHIND" in out.getvalue()
+
+
+def test_a_consumer_of_the_code_that_has_no_row_yet_is_listed_with_what_makes_it() -> None:
+    assert command("pgnotify_consumers") == "There is no durable consumer.\n"
+    receiver("live", dispatch_uid="live")(Recorder())
+    consume(Recorder(), "made")
+    register()
+    consume(Recorder(), "billing.send")
+    *_, made, unmade = command("pgnotify_consumers").splitlines()
+    assert made.startswith("made ")
+    assert unmade == "billing.send  not made yet: run 'manage.py migrate', or start pglisten"
+    described, other = json.loads(command("pgnotify_consumers", "--json"))
+    assert described.keys() == other.keys()
+    assert (other["name"], other["state"], other["topics"]) == (
+        "billing.send",
+        "not made yet",
+        ["ledger"],
+    )
+    consumers.delete("made")
+    assert [line.split()[0] for line in command("pgnotify_consumers").splitlines()] == [
+        "made",
+        "billing.send",
+    ]
 
 
 # -- dead letters by command ----------------------------------------------------------------------

@@ -11,7 +11,16 @@ from django.core.management.base import BaseCommand, CommandError
 
 from django_pgnotify import consumers
 from django_pgnotify.exceptions import UnknownConsumer
-from django_pgnotify.management.durable import add_database, as_dict, database, lines, moment
+from django_pgnotify.management.durable import (
+    add_database,
+    as_dict,
+    database,
+    lines,
+    moment,
+    registered,
+    unmade_as_dict,
+    unmade_lines,
+)
 
 _WORDS = ("now", "beginning", "continue")
 
@@ -46,13 +55,19 @@ class Command(BaseCommand):
             raise CommandError(str(exc)) from exc
         if done is not None:
             self.stdout.write(done)
-        elif options["json"]:
-            found = [as_dict(one, lag) for one, lag in consumers.consumers(using)]
+            return
+        known = consumers.consumers(using)
+        made = {one.name for one, _ in known}
+        unmade = {name: topics for name, topics in registered(using).items() if name not in made}
+        if options["json"]:
+            found = [as_dict(one, lag) for one, lag in known]
+            found += [unmade_as_dict(name, topics) for name, topics in unmade.items()]
             self.stdout.write(json.dumps(found, indent=2))
-        else:
-            known = consumers.consumers(using)
-            for line in lines(known) if known else ["There is no durable consumer."]:
+        elif known or unmade:
+            for line in (lines(known) if known else []) + unmade_lines(list(unmade), using):
                 self.stdout.write(line)
+        else:
+            self.stdout.write("There is no durable consumer.")
 
     def _change(self, using: str, options: dict[str, Any]) -> str | None:
         if (name := options["pause"]) is not None:
