@@ -40,11 +40,16 @@ def database(alias: str | None) -> str:
         using = check_alias(alias or conf.DATABASE)
     except UnsupportedDatabase as exc:
         raise CommandError(str(exc)) from exc
-    with connections[using].cursor() as cursor:
-        cursor.execute("SELECT to_regclass(%s) IS NULL", [Consumer._meta.db_table])
-        if cursor.fetchone() == (True,):
-            raise CommandError(f"pgnotify: {missing_tables(using)}.")
+    if not has_tables(using):
+        raise CommandError(f"pgnotify: {missing_tables(using)}.")
     return using
+
+
+def has_tables(using: str) -> bool:
+    """Whether the tables of durable topics are on alias ``using``."""
+    with connections[using].cursor() as cursor:
+        cursor.execute("SELECT to_regclass(%s) IS NOT NULL", [Consumer._meta.db_table])
+        return bool(cursor.fetchone() == (True,))
 
 
 def registered(using: str) -> dict[str, tuple[str, ...]]:

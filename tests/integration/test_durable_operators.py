@@ -478,6 +478,17 @@ def test_without_tables_to_publish_and_the_commands_say_to_migrate() -> None:
             command("pgnotify_replay", "ledger", "--event", "1")
 
 
+def test_without_tables_the_check_fails_where_a_durable_consumer_would_wait_for_them() -> None:
+    receiver("jobs")(Recorder())
+    with tables_missing():
+        assert "pglisten: ok" in command("pglisten", "--check")
+        consume(Recorder())
+        assert "pglisten: ok" in command("pglisten", "--check", "--topic", "jobs")
+        with pytest.raises(CommandError, match=f"would not get ready: the {TO_DO}"):
+            command("pglisten", "--check")
+    assert "pglisten: ok" in command("pglisten", "--check")
+
+
 def test_without_tables_a_listener_says_to_migrate_and_whom_it_waits_for(
     recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
