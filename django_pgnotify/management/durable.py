@@ -19,7 +19,7 @@ from django_pgnotify.durable.log import missing_tables
 from django_pgnotify.exceptions import UnsupportedDatabase
 from django_pgnotify.models import Consumer
 from django_pgnotify.publishing.sender import check_alias
-from django_pgnotify.registry import registry
+from django_pgnotify.registry import Receiver, registry
 
 
 def add_database(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +52,15 @@ def has_tables(using: str) -> bool:
         return bool(cursor.fetchone() == (True,))
 
 
-def registered(using: str) -> dict[str, tuple[str, ...]]:
-    """The durable consumers that the code has, with their topics, where ``using`` has their log."""
+def registered(using: str) -> dict[str, Receiver]:
+    """The durable consumers that the code has, by name, where ``using`` has their log."""
     if using != conf.DATABASE:
         return {}
-    found = {one.uid: registry.durable_topics(one, conf.DELIVERY) for one in registry.receivers}
-    return {name: topics for name, topics in found.items() if topics}
+    return {one.uid: one for one in registry.receivers if _topics_of(one)}
+
+
+def _topics_of(receiver: Receiver) -> tuple[str, ...]:
+    return registry.durable_topics(receiver, conf.DELIVERY)
 
 
 def moment(text: str) -> datetime:
@@ -126,11 +129,11 @@ def as_dict(one: Consumer, lag: Lag) -> dict[str, Any]:
     }
 
 
-def unmade_as_dict(name: str, topics: Sequence[str]) -> dict[str, Any]:
+def unmade_as_dict(one: Receiver) -> dict[str, Any]:
     """One that has no row yet, with the members of the others."""
     return {
-        "name": name,
-        "topics": list(topics),
+        "name": one.uid,
+        "topics": list(_topics_of(one)),
         "state": "not made yet",
         "paused": False,
         "resync": "",

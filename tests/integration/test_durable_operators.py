@@ -167,6 +167,20 @@ def test_a_deleted_consumer_that_still_runs_begins_anew(recorder: Recorder) -> N
     assert recorder.data == [1, 2]
 
 
+def test_who_deletes_a_consumer_that_the_code_still_has_is_told_that_it_comes_back(
+    recorder: Recorder,
+) -> None:
+    consume(Recorder(), "history", start="beginning")
+    register()
+    comes_back = "deleted; the code still has it: pglisten makes it anew, from"
+    assert command("pgnotify_consumers", "--delete", "ledger") == f"ledger: {comes_back} now\n"
+    told = command("pgnotify_consumers", "--delete", "history")
+    assert told == f"history: {comes_back} the beginning of the log\n"
+    register()
+    registry.remove(recorder)
+    assert command("pgnotify_consumers", "--delete", "ledger") == "ledger: deleted\n"
+
+
 # -- lag ----------------------------------------------------------------------------------------
 
 
@@ -260,6 +274,16 @@ def test_dead_letters_are_listed_requeued_and_discarded_by_the_command() -> None
             command("pgnotify_deadletters", "--requeue")
         with pytest.raises(CommandError, match="No dead letter is of event"):
             command("pgnotify_deadletters", "--traceback-of", "987654")
+        for act, done in (("--requeue", "requeued"), ("--discard", "discarded")):
+            with pytest.raises(
+                CommandError, match=f"No dead letter is of event 987654; nothing was {done}"
+            ):
+                command("pgnotify_deadletters", act, "--event", first, "--event", "987654")
+        with pytest.raises(CommandError, match="No dead letter of 'ledger' is of event 987654"):
+            command(
+                *("pgnotify_deadletters", "--discard", "--consumer", "ledger", "--event", "987654")
+            )
+        assert len(letters()) == 3
         picky.bad.clear()
         assert command("pgnotify_deadletters", "--requeue", "--event", first).startswith("1 ")
         picky.wait_for(1)

@@ -58,10 +58,10 @@ class Command(BaseCommand):
             return
         known = consumers.consumers(using)
         made = {one.name for one, _ in known}
-        unmade = {name: topics for name, topics in registered(using).items() if name not in made}
+        unmade = {name: one for name, one in registered(using).items() if name not in made}
         if options["json"]:
             found = [as_dict(one, lag) for one, lag in known]
-            found += [unmade_as_dict(name, topics) for name, topics in unmade.items()]
+            found += map(unmade_as_dict, unmade.values())
             self.stdout.write(json.dumps(found, indent=2))
         elif known or unmade:
             for line in (lines(known) if known else []) + unmade_lines(list(unmade), using):
@@ -78,7 +78,10 @@ class Command(BaseCommand):
             return f"{name}: resumed"
         if (name := options["delete"]) is not None:
             consumers.delete(name, using)
-            return f"{name}: deleted"
+            if (one := registered(using).get(name)) is None:
+                return f"{name}: deleted"
+            place = "now" if one.start == "now" else "the beginning of the log"
+            return f"{name}: deleted; the code still has it: pglisten makes it anew, from {place}"
         if (name := options["reset"]) is not None:
             consumers.reset(name, options["to"], using)
             return f"{name}: reset to {options['to']}"
