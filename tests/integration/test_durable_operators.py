@@ -650,13 +650,13 @@ def test_consumers_are_shown_with_their_lag_and_paused_in_the_admin(
     register()
     publish_many(LEDGER, range(7))
     assert '<td class="field-events_behind">7</td>' in page(admin, "consumer")
-    assert act(admin, "consumer", "pause", stored().pk) == "ledger: paused."
+    assert act(admin, "consumer", "pause", stored().pk) == "Paused: ledger."
     assert stored().paused
     assert "paused" in page(admin, "consumer")
-    assert act(admin, "consumer", "resume", stored().pk) == "ledger: resumed."
+    assert act(admin, "consumer", "resume", stored().pk) == "Resumed: ledger."
     assert not stored().paused
     done = act(admin, "consumer", "skip_to_now", stored().pk)
-    assert done == "ledger: set to go on from now."
+    assert done == "Set to go on from now: ledger."
     assert lag_of(stored()).events == 0
 
 
@@ -667,12 +667,14 @@ def test_dead_letters_are_requeued_and_discarded_in_the_admin(admin: Client) -> 
         publish_many(LEDGER, [1, 2])
         until(lambda: len(letters()) == 2)
         first, second = letters()
-        assert (
-            "cannot take 1"
-            in admin.get(
-                reverse("admin:django_pgnotify_deadletter_change", args=[first.pk])
-            ).content.decode()
-        )
+        answer = admin.get(reverse("admin:django_pgnotify_deadletter_change", args=[first.pk]))
+        letter = answer.content.decode()
+        assert "<pre>Traceback (most recent call last):" in letter
+        assert "ValueError: cannot take 1\n</pre>" in letter
+        assert "field-event_id" in letter
+        assert "field-id" not in letter
+        assert letter.count("cannot take 1") == 1
+        assert '<td class="field-dead_letters">2</td>' in page(admin, "consumer")
         assert str(first) == f"event {first.event_id} of ledger for ledger"
         shown = page(admin, "deadletter")
         assert '<td class="field-last_error">ValueError: cannot take 1</td>' in shown
