@@ -170,8 +170,11 @@ class Service:
     def role(self) -> str:
         """``leader``, ``standby``, or ``every node`` where no receiver needs a leader.
 
-        Durable consumers need none: they are shared out one by one.
+        Durable consumers need none: they are shared out one by one. ``shared`` is who has no
+        other receivers.
         """
+        if self.durable.topics and not self._live:
+            return "shared"
         if all(route.receiver.every_node for route in self._live):
             return "every node"
         return "leader" if self.dispatcher.leader else "standby"
