@@ -55,6 +55,13 @@ def command(name: str, *args: str) -> str:
     return out.getvalue()
 
 
+def status() -> str:
+    out = StringIO()
+    with pytest.raises(SystemExit):
+        call_command("pgnotify_status", "--timeout", "0.2", stdout=out)
+    return out.getvalue()
+
+
 def age(hours: float, **filters: Any) -> None:
     """Make events that many hours older."""
     rows = LoggedEvent.objects.filter(**filters)
@@ -520,7 +527,11 @@ def test_without_tables_a_listener_says_to_migrate_and_whom_it_waits_for(
         with tables_missing():
             registering = threads.submit(register)
             until(lambda: "is not ready until" in caplog.text)
+            # At once it may not listen yet, and does not answer.
+            until(lambda: "pglisten is not ready: process" in status())
         registering.result(DEADLINE)
+    with running_listener():
+        assert "not ready" not in status()
     messages = [record.getMessage() for record in caplog.records]
     assert messages.count(f"Durable consumers wait for the database: the {TO_DO}") == 1
     waits = "This listener is not ready until its durable consumers exist: ledger"
