@@ -10,6 +10,7 @@ from django.db import connections
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.functional import cached_property
+from django.utils.html import format_html
 
 from . import consumers
 from .durable.lag import lag_of
@@ -83,7 +84,10 @@ class LoggedEventAdmin(ReadOnly):
 
 @admin.register(Consumer)
 class ConsumerAdmin(ReadOnly):
-    list_display = ("name", "topic_list", "state", "events_behind", "seconds_behind", "holder")
+    list_display = (
+        *("name", "topic_list", "state", "events_behind", "seconds_behind", "dead_letters"),
+        "holder",
+    )
     list_filter = ("paused",)
     search_fields = ("name",)
     ordering = ("name",)
@@ -110,23 +114,27 @@ class ConsumerAdmin(ReadOnly):
     def seconds_behind(self, consumer: Consumer) -> str:
         return f"{lag_of(consumer).seconds:.1f}"
 
+    @admin.display(description="dead letters")
+    def dead_letters(self, consumer: Consumer) -> int:
+        return consumer.dead_letters.filter(retry_at=None).count()
+
     @admin.action(description="Pause", permissions=["change"])
     def pause(self, request: HttpRequest, chosen: QuerySet[Consumer]) -> None:
         for consumer in chosen:
             consumers.pause(consumer.name, chosen.db)
-        self._say(request, f"{_names(chosen)}: paused.")
+        self._say(request, f"Paused: {_names(chosen)}.")
 
     @admin.action(description="Resume", permissions=["change"])
     def resume(self, request: HttpRequest, chosen: QuerySet[Consumer]) -> None:
         for consumer in chosen:
             consumers.resume(consumer.name, chosen.db)
-        self._say(request, f"{_names(chosen)}: resumed.")
+        self._say(request, f"Resumed: {_names(chosen)}.")
 
     @admin.action(description="Go on from now, skipping what is behind", permissions=["change"])
     def skip_to_now(self, request: HttpRequest, chosen: QuerySet[Consumer]) -> None:
         for consumer in chosen:
             consumers.reset(consumer.name, "now", chosen.db)
-        self._say(request, f"{_names(chosen)}: set to go on from now.")
+        self._say(request, f"Set to go on from now: {_names(chosen)}.")
 
     def _say(self, request: HttpRequest, text: str) -> None:
         self.message_user(request, text, messages.SUCCESS)
@@ -161,10 +169,20 @@ class DeadLetterAdmin(ReadOnly):
     list_select_related = ("consumer",)
     search_fields = ("=key", "error")
     ordering = ("event_id",)
+    exclude = ("error",)  # shown as traceback
     actions = ("requeue", "discard")
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False  # "discard" says what it is
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        # Beside the event's id, that of the row is only mistaken for it.
+        shown = super().get_readonly_fields(request, obj)
+        return [*(name for name in shown if name not in ("id", "error")), "traceback"]
+
+    @admin.display(description="error")
+    def traceback(self, letter: DeadLetter) -> str:
+        return format_html("<pre>{}</pre>", letter.error)
 
     @admin.display(description="error")
     def last_error(self, letter: DeadLetter) -> str:

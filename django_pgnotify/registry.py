@@ -74,6 +74,11 @@ class Receiver:
     def is_async(self) -> bool:
         return is_coroutine_callable(self.func)
 
+    @property
+    def timed_out(self) -> str:
+        """What the ``TimeoutError`` of an attempt says that took longer than ``timeout``."""
+        return f"timed out after {self.timeout:g} s"
+
 
 class Registry:
     """Publications by model label, and receivers in the order of registration."""
@@ -213,6 +218,11 @@ def receiver(
         InvalidTopic, InvalidAction: the source or an action is not valid.
         DuplicateReceiver: the ``dispatch_uid`` is taken.
     """
+    if inspect.isroutine(source):
+        raise InvalidTopic(
+            f"@receiver above {describe(source)} has no source: write @receiver(source), with a "
+            f"model or a topic."
+        )
     sources = check_sources(source)
     chosen = check_actions(actions)
     _check_count("concurrency", concurrency, 1)

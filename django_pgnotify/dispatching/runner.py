@@ -265,13 +265,13 @@ class Runner:
             return outcome
 
     async def _call_async(self, lane: Lane, batch: Batch, until: float) -> BaseException | None:
-        func, timeout = lane.receiver.func, lane.receiver.timeout
+        func, timeout, limit = lane.receiver.func, lane.receiver.timeout, None
         try:
             for event in batch.events:
                 if timeout is None:
                     await func(event)
                 else:
-                    async with asyncio.timeout(timeout):
+                    async with asyncio.timeout(timeout) as limit:
                         await func(event)
                 batch.handled += 1
                 if not batch.handled & LOOK_AT_CLOCK and time.monotonic() > until:
@@ -281,6 +281,8 @@ class Runner:
                 batch.handled += 1
                 lane.finish(batch)
                 raise
+            if limit is not None and limit.expired() and type(exc) is TimeoutError:
+                exc.args = (lane.receiver.timed_out,)
             batch.failed = event
             return exc
         return None
@@ -328,14 +330,17 @@ class Runner:
         attempt = 1 if retry is None else retry.pauses.attempts + 1
         again = attempt <= lane.receiver.retries and not self._stopping
         self._stats.add("retried" if again else "failed")
+        what_now = ", will retry" if again else ", given up" if lane.receiver.retries else ""
+        overran = lane.receiver.timeout is not None and exc.args == (lane.receiver.timed_out,)
         logger.error(
-            "Receiver %s failed on event %s (%s of topic %r), attempt %d%s",
+            "Receiver %s failed on event %s (%s of topic %r), attempt %d%s%s",
             describe(lane.receiver.func),
             event.id,
             event.action,
             event.topic,
             attempt,
-            ", will retry" if again else "",
+            f", {lane.receiver.timed_out}" if overran else "",
+            what_now,
             exc_info=exc,
             extra={"receiver": lane.receiver.uid, "event_id": event.id, "topic": event.topic},
         )

@@ -170,8 +170,11 @@ class Service:
     def role(self) -> str:
         """``leader``, ``standby``, or ``every node`` where no receiver needs a leader.
 
-        Durable consumers need none: they are shared out one by one.
+        Durable consumers need none: they are shared out one by one. ``shared`` is who has no
+        other receivers.
         """
+        if self.durable.topics and not self._live:
+            return "shared"
         if all(route.receiver.every_node for route in self._live):
             return "every node"
         return "leader" if self.dispatcher.leader else "standby"
@@ -219,9 +222,13 @@ class Service:
         self.durable.wake_all()
         self._ready()
 
+    @property
+    def _is_ready(self) -> bool:
+        return self._established and self.durable.registered
+
     def _ready(self) -> None:
         """Ready is: what is published from now on is heard, and read by every consumer."""
-        if self._established and self.durable.registered and self._on_ready is not None:
+        if self._is_ready and self._on_ready is not None:
             self._on_ready()
 
     def lost(self, cause: str, retry_in: float) -> None:
@@ -337,6 +344,7 @@ class Service:
             "role": self.role,
             "leadership": self._leadership,
             **self.listener.status(),
+            "ready": self._is_ready,
             "topics": self.topics,
             "waiting": self.dispatcher.waiting,
             "running": self.dispatcher.running,

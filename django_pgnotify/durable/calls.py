@@ -139,8 +139,13 @@ class Calls:
         return "done"
 
     async def _await(self, event: Event) -> None:
-        async with asyncio.timeout(self._receiver.timeout):
-            await self._receiver.func(event)
+        try:
+            async with asyncio.timeout(self._receiver.timeout) as limit:
+                await self._receiver.func(event)
+        except TimeoutError as exc:
+            if limit.expired():
+                exc.args = (self._receiver.timed_out,)
+            raise
 
     def _note(self, event: Event, exc: BaseException, blocked: set[str]) -> BaseException:
         key = storable(event.key)

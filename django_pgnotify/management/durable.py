@@ -19,6 +19,7 @@ from django_pgnotify.durable.log import missing_tables
 from django_pgnotify.exceptions import UnsupportedDatabase
 from django_pgnotify.models import Consumer
 from django_pgnotify.publishing.sender import check_alias
+from django_pgnotify.registry import Receiver, registry
 
 
 def add_database(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +40,27 @@ def database(alias: str | None) -> str:
         using = check_alias(alias or conf.DATABASE)
     except UnsupportedDatabase as exc:
         raise CommandError(str(exc)) from exc
-    with connections[using].cursor() as cursor:
-        cursor.execute("SELECT to_regclass(%s) IS NULL", [Consumer._meta.db_table])
-        if cursor.fetchone() == (True,):
-            raise CommandError(f"pgnotify: {missing_tables(using)}.")
+    if not has_tables(using):
+        raise CommandError(f"pgnotify: {missing_tables(using)}.")
     return using
+
+
+def has_tables(using: str) -> bool:
+    """Whether the tables of durable topics are on alias ``using``."""
+    with connections[using].cursor() as cursor:
+        cursor.execute("SELECT to_regclass(%s) IS NOT NULL", [Consumer._meta.db_table])
+        return bool(cursor.fetchone() == (True,))
+
+
+def registered(using: str) -> dict[str, Receiver]:
+    """The durable consumers that the code has, by name, where ``using`` has their log."""
+    if using != conf.DATABASE:
+        return {}
+    return {one.uid: one for one in registry.receivers if _topics_of(one)}
+
+
+def _topics_of(receiver: Receiver) -> tuple[str, ...]:
+    return registry.durable_topics(receiver, conf.DELIVERY)
 
 
 def moment(text: str) -> datetime:
@@ -86,6 +103,13 @@ def lines(known: Sequence[tuple[Consumer, Lag]]) -> list[str]:
     return table(rows)
 
 
+def unmade_lines(names: Sequence[str], using: str) -> list[str]:
+    """Of consumers that the code has, and that have no row yet."""
+    where = "" if using == "default" else f" --database={using}"
+    to_do = f"not made yet: run 'manage.py migrate{where}', or start pglisten"
+    return table([(name, to_do) for name in names]) if names else []
+
+
 def as_dict(one: Consumer, lag: Lag) -> dict[str, Any]:
     """A consumer as plain values."""
     return {
@@ -102,4 +126,23 @@ def as_dict(one: Consumer, lag: Lag) -> dict[str, Any]:
         "handled": one.handled,
         "lost": one.gap_events,
         "holder": one.holder,
+    }
+
+
+def unmade_as_dict(one: Receiver) -> dict[str, Any]:
+    """One that has no row yet, with the members of the others."""
+    return {
+        "name": one.uid,
+        "topics": list(_topics_of(one)),
+        "state": "not made yet",
+        "paused": False,
+        "resync": "",
+        "events_behind": 0,
+        "more_behind": False,
+        "seconds_behind": 0.0,
+        "dead_letters": 0,
+        "waiting_letters": 0,
+        "handled": 0,
+        "lost": 0,
+        "holder": "",
     }

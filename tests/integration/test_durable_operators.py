@@ -55,6 +55,13 @@ def command(name: str, *args: str) -> str:
     return out.getvalue()
 
 
+def status() -> str:
+    out = StringIO()
+    with pytest.raises(SystemExit):
+        call_command("pgnotify_status", "--timeout", "0.2", stdout=out)
+    return out.getvalue()
+
+
 def age(hours: float, **filters: Any) -> None:
     """Make events that many hours older."""
     rows = LoggedEvent.objects.filter(**filters)
@@ -167,6 +174,20 @@ def test_a_deleted_consumer_that_still_runs_begins_anew(recorder: Recorder) -> N
     assert recorder.data == [1, 2]
 
 
+def test_who_deletes_a_consumer_that_the_code_still_has_is_told_that_it_comes_back(
+    recorder: Recorder,
+) -> None:
+    consume(Recorder(), "history", start="beginning")
+    register()
+    comes_back = "deleted; the code still has it: pglisten makes it anew, from"
+    assert command("pgnotify_consumers", "--delete", "ledger") == f"ledger: {comes_back} now\n"
+    told = command("pgnotify_consumers", "--delete", "history")
+    assert told == f"history: {comes_back} the beginning of the log\n"
+    register()
+    registry.remove(recorder)
+    assert command("pgnotify_consumers", "--delete", "ledger") == "ledger: deleted\n"
+
+
 # -- lag ----------------------------------------------------------------------------------------
 
 
@@ -199,7 +220,6 @@ def test_the_lag_in_the_middle_of_a_sweep_counts_the_rest_of_it(recorder: Record
 def test_consumers_are_listed_with_their_lag_by_the_command_and_by_the_status(
     recorder: Recorder,
 ) -> None:
-    assert "no durable consumer" in command("pgnotify_consumers")
     register()
     publish_many(LEDGER, [1, 2, 3])
     table = command("pgnotify_consumers")
@@ -217,6 +237,29 @@ def test_consumers_are_listed_with_their_lag_by_the_command_and_by_the_status(
     with pytest.raises(SystemExit):
         call_command("pgnotify_status", "--timeout", "0", stdout=out)
     assert "EVENTS BEHIND" in out.getvalue()
+
+
+def test_a_consumer_of_the_code_that_has_no_row_yet_is_listed_with_what_makes_it() -> None:
+    assert command("pgnotify_consumers") == "There is no durable consumer.\n"
+    receiver("live", dispatch_uid="live")(Recorder())
+    consume(Recorder(), "made")
+    register()
+    consume(Recorder(), "billing.send")
+    *_, made, unmade = command("pgnotify_consumers").splitlines()
+    assert made.startswith("made ")
+    assert unmade == "billing.send  not made yet: run 'manage.py migrate', or start pglisten"
+    described, other = json.loads(command("pgnotify_consumers", "--json"))
+    assert described.keys() == other.keys()
+    assert (other["name"], other["state"], other["topics"]) == (
+        "billing.send",
+        "not made yet",
+        ["ledger"],
+    )
+    consumers.delete("made")
+    assert [line.split()[0] for line in command("pgnotify_consumers").splitlines()] == [
+        "made",
+        "billing.send",
+    ]
 
 
 # -- dead letters by command ----------------------------------------------------------------------
@@ -238,6 +281,16 @@ def test_dead_letters_are_listed_requeued_and_discarded_by_the_command() -> None
             command("pgnotify_deadletters", "--requeue")
         with pytest.raises(CommandError, match="No dead letter is of event"):
             command("pgnotify_deadletters", "--traceback-of", "987654")
+        for act, done in (("--requeue", "requeued"), ("--discard", "discarded")):
+            with pytest.raises(
+                CommandError, match=f"No dead letter is of event 987654; nothing was {done}"
+            ):
+                command("pgnotify_deadletters", act, "--event", first, "--event", "987654")
+        with pytest.raises(CommandError, match="No dead letter of 'ledger' is of event 987654"):
+            command(
+                *("pgnotify_deadletters", "--discard", "--consumer", "ledger", "--event", "987654")
+            )
+        assert len(letters()) == 3
         picky.bad.clear()
         assert command("pgnotify_deadletters", "--requeue", "--event", first).startswith("1 ")
         picky.wait_for(1)
@@ -456,6 +509,17 @@ def test_without_tables_to_publish_and_the_commands_say_to_migrate() -> None:
             command("pgnotify_replay", "ledger", "--event", "1")
 
 
+def test_without_tables_the_check_fails_where_a_durable_consumer_would_wait_for_them() -> None:
+    receiver("jobs")(Recorder())
+    with tables_missing():
+        assert "pglisten: ok" in command("pglisten", "--check")
+        consume(Recorder())
+        assert "pglisten: ok" in command("pglisten", "--check", "--topic", "jobs")
+        with pytest.raises(CommandError, match=f"would not get ready: the {TO_DO}"):
+            command("pglisten", "--check")
+    assert "pglisten: ok" in command("pglisten", "--check")
+
+
 def test_without_tables_a_listener_says_to_migrate_and_whom_it_waits_for(
     recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -463,7 +527,11 @@ def test_without_tables_a_listener_says_to_migrate_and_whom_it_waits_for(
         with tables_missing():
             registering = threads.submit(register)
             until(lambda: "is not ready until" in caplog.text)
+            # At once it may not listen yet, and does not answer.
+            until(lambda: "pglisten is not ready: process" in status())
         registering.result(DEADLINE)
+    with running_listener():
+        assert "not ready" not in status()
     messages = [record.getMessage() for record in caplog.records]
     assert messages.count(f"Durable consumers wait for the database: the {TO_DO}") == 1
     waits = "This listener is not ready until its durable consumers exist: ledger"
@@ -593,13 +661,13 @@ def test_consumers_are_shown_with_their_lag_and_paused_in_the_admin(
     register()
     publish_many(LEDGER, range(7))
     assert '<td class="field-events_behind">7</td>' in page(admin, "consumer")
-    assert act(admin, "consumer", "pause", stored().pk) == "ledger: paused."
+    assert act(admin, "consumer", "pause", stored().pk) == "Paused: ledger."
     assert stored().paused
     assert "paused" in page(admin, "consumer")
-    assert act(admin, "consumer", "resume", stored().pk) == "ledger: resumed."
+    assert act(admin, "consumer", "resume", stored().pk) == "Resumed: ledger."
     assert not stored().paused
     done = act(admin, "consumer", "skip_to_now", stored().pk)
-    assert done == "ledger: set to go on from now."
+    assert done == "Set to go on from now: ledger."
     assert lag_of(stored()).events == 0
 
 
@@ -610,12 +678,14 @@ def test_dead_letters_are_requeued_and_discarded_in_the_admin(admin: Client) -> 
         publish_many(LEDGER, [1, 2])
         until(lambda: len(letters()) == 2)
         first, second = letters()
-        assert (
-            "cannot take 1"
-            in admin.get(
-                reverse("admin:django_pgnotify_deadletter_change", args=[first.pk])
-            ).content.decode()
-        )
+        answer = admin.get(reverse("admin:django_pgnotify_deadletter_change", args=[first.pk]))
+        letter = answer.content.decode()
+        assert "<pre>Traceback (most recent call last):" in letter
+        assert "ValueError: cannot take 1\n</pre>" in letter
+        assert "field-event_id" in letter
+        assert "field-id" not in letter
+        assert letter.count("cannot take 1") == 1
+        assert '<td class="field-dead_letters">2</td>' in page(admin, "consumer")
         assert str(first) == f"event {first.event_id} of ledger for ledger"
         shown = page(admin, "deadletter")
         assert '<td class="field-last_error">ValueError: cannot take 1</td>' in shown

@@ -120,7 +120,7 @@ def test_a_receiver_of_the_failure_signal_that_raises_harms_nobody(recorder: Rec
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_retries_are_made_before_the_next_event_and_then_given_up(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("django_pgnotify.dispatching.runner.RETRY_BASE", 0.001)
     attempts: list[Any] = []
@@ -148,6 +148,31 @@ def test_retries_are_made_before_the_next_event_and_then_given_up(
     assert [(entry["attempt"], entry["will_retry"]) for entry in told] == [
         (1, True), (2, True), (1, True), (2, True), (3, True), (4, False),
     ]  # fmt: skip
+    lines = [record.getMessage() for record in caplog.records if "failed on" in record.getMessage()]
+    assert lines[0].endswith(", attempt 1, will retry")
+    assert lines[-1].endswith(", attempt 4, given up")
+
+
+def test_a_receiver_that_exceeds_its_timeout_says_so_in_its_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def slow(event: Event) -> None:
+        if event.data == "its own":
+            raise TimeoutError("of another server")
+        await asyncio.Event().wait()  # for ever
+
+    receiver("jobs", timeout=0.05)(slow)
+    with running_listener() as listener, failures() as told:
+        publish("jobs", "its own")
+        publish("jobs", "slow")
+        listener.wait_for(2)
+    assert [str(each["exception"]) for each in told] == [
+        "of another server",
+        "timed out after 0.05 s",
+    ]
+    lines = [record.getMessage() for record in caplog.records if "failed on" in record.getMessage()]
+    assert lines[0].endswith(", attempt 1")
+    assert lines[1].endswith(", attempt 1, timed out after 0.05 s")
 
 
 def test_pauses_between_attempts_grow(monkeypatch: pytest.MonkeyPatch) -> None:

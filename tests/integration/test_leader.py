@@ -174,6 +174,17 @@ def test_the_roles_are_named() -> None:
     assert roles == ["leader", "standby", "every node"]
 
 
+def test_a_listener_of_durable_consumers_alone_has_the_role_shared() -> None:
+    with registry.isolated(), ExitStack() as stack:
+        receiver("ledger", durable=True)(Recorder())
+        receiver("news", every_node=True)(Recorder())
+        both = stack.enter_context(running_listener())
+        alone = stack.enter_context(running_listener(["ledger"]))
+        idle = stack.enter_context(running_listener(["jobs"]))
+        roles = [each.service.role for each in (both, alone, idle) if each.service]
+    assert roles == ["every node", "shared", "every node"]
+
+
 def test_a_hand_over_in_order_runs_every_event_once_and_tells_of_a_gap_all_the_same() -> None:
     """That the old leader said goodbye does not prove that it could read up to that point."""
     one, every = Recorder(), Recorder()

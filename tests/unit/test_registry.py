@@ -151,6 +151,14 @@ def test_what_is_no_function_is_refused(func: Any) -> None:
 # -- options ---------------------------------------------------------------------------------
 
 
+def test_a_decorator_without_a_source_says_what_to_write() -> None:
+    with pytest.raises(InvalidTopic, match=r"above .*takes_one has no source: write @receiver\(so"):
+        receiver(takes_one)
+    with pytest.raises(InvalidTopic, match=r"write @receiver\(source\)"):
+        receiver(takes_one_async)
+    assert registry.receivers == []
+
+
 @pytest.mark.parametrize("source", [None, 7, "", " ", b"jobs", "a\x00b", [], ["jobs", ""], [None]])
 def test_a_bad_source_is_refused_before_anything_is_registered(source: Any) -> None:
     with pytest.raises(InvalidTopic):

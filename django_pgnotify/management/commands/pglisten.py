@@ -16,12 +16,15 @@ from django.utils import autoreload
 
 from django_pgnotify import systemd
 from django_pgnotify.conf import conf
-from django_pgnotify.dispatching.service import Service
+from django_pgnotify.dispatching.service import Service, routes_of
+from django_pgnotify.durable.log import missing_tables
 from django_pgnotify.events import Event, check_topic
 from django_pgnotify.exceptions import InvalidTopic, UnsupportedDatabase
 from django_pgnotify.listening.probe import probe
 from django_pgnotify.management.arguments import count, seconds
+from django_pgnotify.management.durable import has_tables
 from django_pgnotify.publishing.sender import check_alias
+from django_pgnotify.registry import registry
 
 SWITCH_INTERVAL = 0.001
 """Seconds after which a thread that computes lets another one run."""
@@ -89,6 +92,9 @@ class Command(BaseCommand):
             problem = asyncio.run(probe(using))
             if problem is not None:
                 raise CommandError(f"pglisten: {problem}")
+            rows = conf.rows_database(using)
+            if _reads_log(options["topics"]) and not has_tables(rows):
+                raise CommandError(f"pglisten: it would not get ready: {missing_tables(rows)}.")
             self._say(f"pglisten: ok, a NOTIFY gets through on database {using!r}")
         elif options["reload"]:
             autoreload.run_with_reloader(self._listen, using, options)
@@ -171,6 +177,15 @@ class Command(BaseCommand):
     def _warn(self, line: str) -> None:
         self.stderr.write(self.style.WARNING(f"pglisten: {line}"))
         self.stderr.flush()
+
+
+def _reads_log(topics: Sequence[str] | None) -> bool:
+    """Whether a listener of these topics would run a durable consumer."""
+    return any(
+        stream.topic in registry.durable_topics(route.receiver, conf.DELIVERY)
+        for route in routes_of(registry, topics)
+        for stream in route.subscriptions
+    )
 
 
 async def _feed_watchdog() -> None:

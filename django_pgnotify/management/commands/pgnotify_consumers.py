@@ -11,7 +11,16 @@ from django.core.management.base import BaseCommand, CommandError
 
 from django_pgnotify import consumers
 from django_pgnotify.exceptions import UnknownConsumer
-from django_pgnotify.management.durable import add_database, as_dict, database, lines, moment
+from django_pgnotify.management.durable import (
+    add_database,
+    as_dict,
+    database,
+    lines,
+    moment,
+    registered,
+    unmade_as_dict,
+    unmade_lines,
+)
 
 _WORDS = ("now", "beginning", "continue")
 
@@ -46,13 +55,19 @@ class Command(BaseCommand):
             raise CommandError(str(exc)) from exc
         if done is not None:
             self.stdout.write(done)
-        elif options["json"]:
-            found = [as_dict(one, lag) for one, lag in consumers.consumers(using)]
+            return
+        known = consumers.consumers(using)
+        made = {one.name for one, _ in known}
+        unmade = {name: one for name, one in registered(using).items() if name not in made}
+        if options["json"]:
+            found = [as_dict(one, lag) for one, lag in known]
+            found += map(unmade_as_dict, unmade.values())
             self.stdout.write(json.dumps(found, indent=2))
-        else:
-            known = consumers.consumers(using)
-            for line in lines(known) if known else ["There is no durable consumer."]:
+        elif known or unmade:
+            for line in (lines(known) if known else []) + unmade_lines(list(unmade), using):
                 self.stdout.write(line)
+        else:
+            self.stdout.write("There is no durable consumer.")
 
     def _change(self, using: str, options: dict[str, Any]) -> str | None:
         if (name := options["pause"]) is not None:
@@ -63,7 +78,10 @@ class Command(BaseCommand):
             return f"{name}: resumed"
         if (name := options["delete"]) is not None:
             consumers.delete(name, using)
-            return f"{name}: deleted"
+            if (one := registered(using).get(name)) is None:
+                return f"{name}: deleted"
+            place = "now" if one.start == "now" else "the beginning of the log"
+            return f"{name}: deleted; the code still has it: pglisten makes it anew, from {place}"
         if (name := options["reset"]) is not None:
             consumers.reset(name, options["to"], using)
             return f"{name}: reset to {options['to']}"

@@ -51,6 +51,13 @@ class Command(BaseCommand):
                 raise CommandError("Say which: --consumer NAME, --event ID, or --all.")
             act = consumers.requeue if options["requeue"] else consumers.discard
             verb = "requeued" if options["requeue"] else "discarded"
+            dead = set(letters.values_list("event_id", flat=True)) if options["events"] else ()
+            unknown = [str(one) for one in options["events"] or () if one not in dead]
+            if unknown:
+                of = f" of {options['consumer']!r}" if options["consumer"] else ""
+                raise CommandError(
+                    f"No dead letter{of} is of event {', '.join(unknown)}; nothing was {verb}."
+                )
             self.stdout.write(f"{act(letters)} event(s) {verb}")
         elif options["traceback_of"]:
             found = letters.filter(event_id=options["traceback_of"])

@@ -31,8 +31,8 @@ LONGEST_CAUSE = 40
 
 class Command(BaseCommand):
     help = (
-        "Ask every live listener how it is. Exit code 0: there is one, and a leader; "
-        "1: there is not; 2: the database cannot be reached."
+        "Ask every live listener how it is. Exit code 0: there is one, and a leader, and all are "
+        "ready; 1: not so; 2: the database cannot be reached."
     )
     # It is what one looks at when something is wrong, and says itself what is with the caches.
     requires_system_checks = ()
@@ -150,6 +150,16 @@ def _problem(roll: RollCall) -> str | None:
     leading = {status["leadership"] for status in workers if status["role"] == "leader"}
     if waiting - leading:
         return f"No pglisten is the leader of {', '.join(sorted(waiting - leading))}."
+    unready = [
+        f"{one['pid']} on {one['node']}"
+        for one in workers
+        if one["established"] and not one.get("ready", True)
+    ]
+    if unready:
+        return (
+            f"pglisten is not ready: process {', '.join(unready)}. Its durable consumers have no "
+            f"rows yet; its log says what they wait for."
+        )
     return None
 
 
