@@ -1,14 +1,16 @@
 """`make test-all`: the tests on every supported Python, Django and PostgreSQL.
 
     python -m tests.matrix [--python 3.12 ...] [--django 6.0 ...] [--pg 16 ...]
-                           [--list] [--budget MINUTES] [-- PYTEST_ARGUMENT...]
+                           [--list] [--budget MINUTES] [--tested PYTHON DJANGO PG]
+                           [-- PYTEST_ARGUMENT...]
 
 Each pair of Python and Django has a virtual environment under ``.venvs/``, kept
 until pyproject.toml changes; the next one is installed while the tests of this
 one run. So that it ends within a coffee break on two cores, a lane runs where
 it can differ: the real processes on the first and the last pair, the unit tests
-on the newest PostgreSQL, the rest everywhere. What is left out is said at the
-end, with the reason. Standard library only.
+on the newest PostgreSQL, and an older PostgreSQL below the first and the last
+pair, since what it does differently is the same for each Django. What is left
+out is said at the end, with the reason. Standard library only.
 """
 
 from __future__ import annotations
@@ -107,13 +109,16 @@ def main(argv: list[str] | None = None) -> int:
             continue
         for pg in arguments.pg:
             cell = f"{environment} · PostgreSQL {pg}"
-            if time.monotonic() > deadline:
-                skipped.append(f"{cell}: the budget of {arguments.budget:g} min is spent")
+            corner, newest = environment in corners, pg == arguments.pg[0]
+            if reason := not_run(
+                corner=corner,
+                newest=newest,
+                tested=[environment.python, environment.django, pg] == arguments.tested,
+                late=time.monotonic() > deadline,
+            ):
+                skipped.append(f"{cell}: {reason}")
                 continue
-            lanes = left_out(
-                corner=environment in corners,
-                newest=pg == arguments.pg[0],
-            )
+            lanes = left_out(corner=corner, newest=newest)
             skipped += [f"{cell}: {lane} ({why})" for lane, why in lanes.items()]
             print(f"-- {cell}", flush=True)
             markers = " and ".join(f"not {lane}" for lane in lanes)
@@ -135,7 +140,22 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--budget", type=float, metavar="MINUTES", help="start no further cell after that long"
     )
+    parser.add_argument(
+        "--tested",
+        nargs=3,
+        metavar=("PYTHON", "DJANGO", "PG"),
+        help="a cell that has been run already, by `make test`",
+    )
     return parser.parse_args(ours), pytest_arguments
+
+
+def not_run(*, corner: bool, newest: bool, tested: bool, late: bool) -> str | None:
+    """Why a cell is passed over, or None where it is to run."""
+    if tested:
+        return "tested already"
+    if not (corner or newest):
+        return "an older PostgreSQL is for the first and the last pair"
+    return "the budget is spent" if late else None
 
 
 def left_out(*, corner: bool, newest: bool) -> dict[str, str]:

@@ -488,6 +488,7 @@ async def test_group_messages_of_one_sender_arrive_in_order(place: Backend) -> N
         assert await place.take_all(layer, channel, 60) == sent
 
 
+@may_fall_short(pubsub="to join does not wait until the server has it")
 async def test_who_has_joined_misses_nothing_and_who_has_left_hears_nothing(
     place: Backend,
 ) -> None:

@@ -91,6 +91,59 @@ def test_an_environment_that_cannot_be_installed_fails_and_the_rest_goes_on(
     ]
 
 
+@pytest.fixture
+def nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "find_python", lambda version: sys.executable)
+    monkeypatch.setattr(matrix, "install", lambda *given: "installed")
+    monkeypatch.setattr(
+        matrix,
+        "run_cell",
+        lambda environment, pg, cell, arguments: matrix.Outcome(cell, True, "passed"),
+    )
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], verdict: str) -> list[str]:
+    """What the summary says of cells, without the Python that is the same in all of them."""
+    summary = capsys.readouterr().out.partition("== summary\n")[2].splitlines()
+    beginning = f"{verdict} Python 3.13 · "
+    lines = [" ".join(line.split()).removesuffix(" 0 s passed") for line in summary]
+    return [line.removeprefix(beginning) for line in lines if line.startswith(beginning)]
+
+
+@pytest.mark.usefixtures("nothing_fails")
+def test_an_older_server_is_for_the_first_and_the_last_pair(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert matrix.main(["--python", "3.13"]) == 0
+    assert lines_of(capsys, "ok") == [
+        "Django 5.2 · PostgreSQL 18",
+        "Django 5.2 · PostgreSQL 16",
+        "Django 6.1 · PostgreSQL 18",
+        "Django 6.1 · PostgreSQL 16",
+        "Django 6.0 · PostgreSQL 18",
+    ]
+
+
+@pytest.mark.usefixtures("nothing_fails")
+def test_what_has_been_tested_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix.main(["--python", "3.13", "--tested", "3.13", "5.2", "18"]) == 0
+    assert "Django 5.2 · PostgreSQL 18: tested already" in lines_of(capsys, "skipped")
+
+
+@pytest.mark.usefixtures("nothing_fails")
+def test_past_its_budget_no_cell_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    minutes = iter(range(100))
+    monkeypatch.setattr("tests.matrix.time.monotonic", lambda: 60.0 * next(minutes))
+    assert matrix.main(["--python", "3.13", "--budget", "1.5"]) == 0
+    late = [line for line in lines_of(capsys, "skipped") if "budget" in line]
+    assert late == [
+        f"Django {django} · PostgreSQL {pg}: the budget is spent"
+        for django, pg in (("5.2", 16), ("6.1", 18), ("6.1", 16), ("6.0", 18))
+    ]
+
+
 def test_the_matrix_is_what_the_package_says_it_supports() -> None:
     project = tomllib.loads((matrix.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     classified = {
