@@ -22,7 +22,7 @@ from .frozen import Frozen
 from .leases import MissLease, current_load
 from .options import NearOptions
 from .store import Entry, expiry, store_of
-from .stored import unwrap
+from .stored import key_there, keys_begin, unwrap
 
 MISSING = object()
 """What a look-up returns that finds nothing; no cached value is it."""
@@ -35,6 +35,7 @@ class NearLevel:
         self.space = space
         self.options = options
         self.store = store_of(space)
+        self._keys_begin = keys_begin(space)
         # Not looked at: a cache that is only made, as by a system check, needs no listener.
         self.table: EpochTable = node_table()
         staleness = options.max_staleness
@@ -53,6 +54,10 @@ class NearLevel:
 
     def _look_at_table(self) -> None:
         self.table = current_table()
+
+    def second_key(self, full: str) -> str:
+        """The key in the second level: other NearCaches over it have others."""
+        return key_there(self._keys_begin, full)
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -93,7 +98,7 @@ class NearLevel:
         """
         bypassed = self.is_bypassed  # before the epochs are read
         found = None if stored is None or bypassed else unwrap(stored, self.table)
-        if found is None:
+        if found is None or found.snapshot.names[:1] != (key_name(self.space, full),):
             return MISSING
         if used_up:
             leases.take(self.space, full)

@@ -43,14 +43,15 @@ class NearCache(SyncNear):
         found = self._look(full)
         second = self.second_level if found is MISSING else None
         if second is not None and not self.level.is_bypassed:
-            found = self.level.promote(full, await second.aget(full))
+            found = self.level.promote(full, await second.aget(self.level.second_key(full)))
         return default if found is MISSING else found
 
     async def aget_many(self, keys: Iterable[Any], version: int | None = None) -> dict[Any, Any]:
         found, missed = self._look_for_many(keys, version)
         second = self.second_level if missed else None
         if second is not None and not self.level.is_bypassed:
-            found |= self._promote_many(missed, await second.aget_many(list(missed)))
+            stored = await second.aget_many(list(map(self.level.second_key, missed)))
+            found |= self._promote_many(missed, stored)
         return found
 
     async def ahas_key(self, key: Any, version: int | None = None) -> bool:
@@ -82,7 +83,8 @@ class NearCache(SyncNear):
     ) -> None:
         second = self.second_level
         if second is not None and snapshot is not None:
-            await second.aset(full, wrap(value, snapshot, seconds), seconds)
+            stored = wrap(value, snapshot, seconds)
+            await second.aset(self.level.second_key(full), stored, seconds)
 
     async def aset_many(
         self,
@@ -120,7 +122,8 @@ class NearCache(SyncNear):
             return self._add_near(full, frozen, seconds, extra)
         if self.level.entry(full) is not None:
             return False
-        there = await second.aget(full)
+        key_there = self.level.second_key(full)
+        there = await second.aget(key_there)
         if self.level.promote(full, there, used_up=False) is not MISSING:
             return False
         miss = self.level.take_miss(full, seconds)
@@ -131,9 +134,9 @@ class NearCache(SyncNear):
             return True
         stored = wrap(frozen, snapshot, seconds)
         if there is not None:
-            await second.aset(full, stored, seconds)
+            await second.aset(key_there, stored, seconds)
             return True
-        return self._added(full, await second.aadd(full, stored, seconds))
+        return self._added(full, await second.aadd(key_there, stored, seconds))
 
     async def atouch(
         self, key: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None
@@ -159,7 +162,7 @@ class NearCache(SyncNear):
     async def adelete(self, key: Any, version: int | None = None) -> bool:
         full = self.make_and_validate_key(key, version)
         had, second = self.level.change([full]), self.second_level
-        return (second is not None and await second.adelete(full)) or had
+        return (second is not None and await second.adelete(self.level.second_key(full))) or had
 
     async def adelete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
         fulls = [self.make_and_validate_key(key, version) for key in keys]
@@ -167,7 +170,7 @@ class NearCache(SyncNear):
         if fulls:
             self.level.change(fulls)
             if second is not None:
-                await second.adelete_many(fulls)
+                await second.adelete_many(list(map(self.level.second_key, fulls)))
 
     async def aclear(self) -> None:
         self.level.clear()

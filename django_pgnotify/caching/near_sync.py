@@ -90,14 +90,15 @@ class SyncNear(EpochCache):
         found = self._look(full)
         second = self.second_level if found is MISSING else None
         if second is not None and not self.level.is_bypassed:
-            found = self.level.promote(full, second.get(full))
+            found = self.level.promote(full, second.get(self.level.second_key(full)))
         return default if found is MISSING else found
 
     def get_many(self, keys: Iterable[Any], version: int | None = None) -> dict[Any, Any]:
         found, missed = self._look_for_many(keys, version)
         second = self.second_level if missed else None
         if second is not None and not self.level.is_bypassed:
-            found |= self._promote_many(missed, second.get_many(list(missed)))
+            stored = second.get_many(list(map(self.level.second_key, missed)))
+            found |= self._promote_many(missed, stored)
         return found
 
     def has_key(self, key: Any, version: int | None = None) -> bool:
@@ -122,7 +123,11 @@ class SyncNear(EpochCache):
         return found, missed
 
     def _promote_many(self, missed: dict[str, Any], stored: Mapping[str, Any]) -> dict[Any, Any]:
-        values = {key: self.level.promote(full, stored.get(full)) for full, key in missed.items()}
+        level = self.level
+        values = {
+            key: level.promote(full, stored.get(level.second_key(full)))
+            for full, key in missed.items()
+        }
         return {key: value for key, value in values.items() if value is not MISSING}
 
     # -- storing --------------------------------------------------------------------------------
@@ -167,7 +172,7 @@ class SyncNear(EpochCache):
     ) -> None:
         second = self.second_level
         if second is not None and snapshot is not None:
-            second.set(full, wrap(value, snapshot, seconds), seconds)
+            second.set(self.level.second_key(full), wrap(value, snapshot, seconds), seconds)
 
     def set_many(
         self,
@@ -197,7 +202,7 @@ class SyncNear(EpochCache):
                 continue
             snapshot = self.level.set(full, value, seconds, extra, miss)
             if snapshot is not None and self.level.options.second_level:
-                wrapped[full] = wrap(value, snapshot, seconds)
+                wrapped[self.level.second_key(full)] = wrap(value, snapshot, seconds)
         return seconds, wrapped
 
     def add(
@@ -215,7 +220,8 @@ class SyncNear(EpochCache):
             return self._add_near(full, frozen, seconds, extra)
         if self.level.entry(full) is not None:
             return False
-        there = second.get(full)
+        key_there = self.level.second_key(full)
+        there = second.get(key_there)
         if self.level.promote(full, there, used_up=False) is not MISSING:
             return False
         miss = self.level.take_miss(full, seconds)
@@ -226,9 +232,9 @@ class SyncNear(EpochCache):
             return True
         stored = wrap(frozen, snapshot, seconds)
         if there is not None:  # it does not count
-            second.set(full, stored, seconds)
+            second.set(key_there, stored, seconds)
             return True
-        return self._added(full, second.add(full, stored, seconds))
+        return self._added(full, second.add(key_there, stored, seconds))
 
     def _add_near(
         self, full: str, value: Frozen, seconds: float | None, extra: tuple[str, ...]
@@ -294,7 +300,7 @@ class SyncNear(EpochCache):
     def delete(self, key: Any, version: int | None = None) -> bool:
         full = self.make_and_validate_key(key, version)
         had, second = self.level.change([full]), self.second_level
-        return (second is not None and second.delete(full)) or had
+        return (second is not None and second.delete(self.level.second_key(full))) or had
 
     def delete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
         fulls = [self.make_and_validate_key(key, version) for key in keys]
@@ -302,7 +308,7 @@ class SyncNear(EpochCache):
         if fulls:
             self.level.change(fulls)
             if second is not None:
-                second.delete_many(fulls)
+                second.delete_many(list(map(self.level.second_key, fulls)))
 
     def clear(self) -> None:
         """End all that any process of the node holds here, and that the second level has of it.

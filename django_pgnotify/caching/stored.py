@@ -8,6 +8,7 @@ so later than the change was committed: what was loaded before the commit is alw
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ _MARK = "django_pgnotify:1"
 _MICROSECONDS = 1_000_000
 
 
+LONGEST_KEY = 180
+"""Characters of a key there. memcached takes 250 with the prefix and version that a cache adds."""
+
+
 class Found(NamedTuple):
     """A value that counts, with the epochs that it counts under on this node."""
 
@@ -27,6 +32,21 @@ class Found(NamedTuple):
     snapshot: Snapshot
     expires: float | None
     """Seconds since 1970; None for never."""
+
+
+def keys_begin(space: str) -> str:
+    """What tells the keys of a NearCache from those of others in the same cache."""
+    return _digest(space, 4)
+
+
+def key_there(begin: str, key: str) -> str:
+    """The key in the cache that processes share of a key of the NearCache before it."""
+    full = f"{begin}:{key}"
+    return full if len(full) <= LONGEST_KEY else f"{begin}:{_digest(key, 16)}"
+
+
+def _digest(text: str, size: int) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=size).hexdigest()
 
 
 def wrap(value: Frozen, snapshot: Snapshot, timeout: float | None) -> tuple[Any, ...]:

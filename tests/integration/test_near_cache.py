@@ -19,7 +19,12 @@ from typing import Any
 
 import pytest
 from django.core.cache import caches
-from django.core.cache.backends.base import CacheKeyWarning
+from django.core.cache.backends.base import (
+    CacheKeyWarning,
+    InvalidCacheKey,
+    memcache_key_warnings,
+)
+from django.core.cache.backends.filebased import FileBasedCache
 
 from django_pgnotify.caching import NearCache, get_or_set, invalidate_tags
 from django_pgnotify.caching.frozen import freeze
@@ -527,11 +532,91 @@ def test_the_second_level_is_no_way_round_an_invalidation(
 ) -> None:
     mine, other = cache("layered"), other_process("layered")
     mine.set("a", "old", tags=["shelf"])
-    stored = caches["files"].get(mine.make_key("a"))
+    there = mine.level.second_key(mine.make_key("a"))
+    stored = caches["files"].get(there)
+    assert stored is not None
     change(other)
-    if caches["files"].get(mine.make_key("a")) is None:
-        caches["files"].set(mine.make_key("a"), stored)  # written late, by a slow process
+    if caches["files"].get(there) is None:
+        caches["files"].set(there, stored)  # written late, by a slow process
     assert mine.get("a") in (None, "new")
+
+
+def beside(settings: Any, **config: Any) -> NearCache:
+    """Another NearCache over the second level of ``layered``."""
+    alias = {**settings.CACHES["layered"], "LOCATION": "beside", **config}
+    settings.CACHES = {**settings.CACHES, "beside": alias}
+    return cache("beside")
+
+
+@ANNOUNCES
+def test_caches_over_one_second_level_are_told_apart_by_their_location(settings: Any) -> None:
+    other = beside(settings)
+    mine = cache("layered")
+    mine.set("a", "mine")
+    mine.set_many({"b": "mine", "c": "mine"})
+    assert other.get("a") is None
+    assert other.get_many(["a", "b"]) == {}
+    assert other.add("b", "others'") is True
+    other.set("c", "others'")
+    other.delete("a")
+    other.delete_many(["a"])
+    for near in (mine, other):
+        near.level.store.clear()
+    assert mine.get_many(["a", "b", "c"]) == {"a": "mine", "b": "mine", "c": "mine"}
+    assert other.get_many(["a", "b", "c"]) == {"b": "others'", "c": "others'"}
+
+
+@ANNOUNCES
+async def test_the_async_half_tells_them_apart_too(settings: Any) -> None:
+    other = beside(settings)
+    mine = cache("layered")
+    await mine.aset("a", "mine")
+    await mine.aset_many({"b": "mine", "c": "mine"})
+    assert await other.aget("a") is None
+    assert await other.aget_many(["a", "b"]) == {}
+    assert await other.aadd("b", "others'") is True
+    await other.aset("c", "others'")
+    await other.adelete("a")
+    await other.adelete_many(["a"])
+    for near in (mine, other):
+        near.level.store.clear()
+    assert await mine.aget_many(["a", "b", "c"]) == {"a": "mine", "b": "mine", "c": "mine"}
+    assert await other.aget_many(["a", "b", "c"]) == {"b": "others'", "c": "others'"}
+
+
+@ANNOUNCES
+def test_what_another_cache_has_stored_under_a_key_is_not_taken(settings: Any) -> None:
+    other = beside(settings)
+    mine = cache("layered")
+    mine.set("a", "mine")
+    full = mine.make_key("a")
+    caches["files"].set(
+        other.level.second_key(full), caches["files"].get(mine.level.second_key(full))
+    )
+    assert other.get("a") is None
+
+
+class Choosy(FileBasedCache):
+    """Refuses the keys that memcached refuses."""
+
+    def validate_key(self, key: str) -> None:
+        for warning in memcache_key_warnings(key):
+            raise InvalidCacheKey(warning)
+
+
+@ANNOUNCES
+def test_every_key_that_memcached_takes_can_be_in_a_second_level_of_its(settings: Any) -> None:
+    files = {**settings.CACHES["files"], "BACKEND": f"{__name__}.Choosy", "KEY_PREFIX": "x" * 40}
+    settings.CACHES = {**settings.CACHES, "files": files}
+    mine = beside(settings, LOCATION="a place, of some name " * 20)
+    keys = ["k" * 247, "k" * 246 + "l"]
+    for key in keys:
+        mine.set(key, key)
+    mine.level.store.clear()
+    assert mine.get_many(keys) == dict(zip(keys, keys, strict=True))
+    assert mine.delete(keys[0]) is True
+    mine.level.store.clear()
+    assert mine.get_many(keys) == {keys[1]: keys[1]}
 
 
 @ANNOUNCES
