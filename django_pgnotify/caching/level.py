@@ -69,8 +69,12 @@ class NearLevel:
             _tell_load(entry.snapshot)
             return entry.value
         if lease:
-            leases.leave(self.space, full, self.table.lease())
+            self.leave_misses((full,))
         return MISSING
+
+    def leave_misses(self, fulls: Iterable[str]) -> None:
+        """This context gets a lease of keys that it has looked for, and that are loaded now."""
+        leases.leave(self.space, fulls, self.table.lease())
 
     def entry(self, full: str) -> Entry | None:
         """The entry of a key if it counts. What else happened is counted, the hit is not."""
@@ -115,6 +119,11 @@ class NearLevel:
         """The miss that a ``set`` of this key would fill in this context, used up by it."""
         miss = leases.take(self.space, full)
         return None if seconds is not None and seconds <= 0 else miss
+
+    def take_misses(self, fulls: Iterable[str], seconds: float | None) -> dict[str, MissLease]:
+        """As :meth:`take_miss`, by key."""
+        misses = leases.take_many(self.space, fulls)
+        return {} if seconds is not None and seconds <= 0 else misses
 
     def has_miss(self, full: str) -> bool:
         return leases.has(self.space, full)

@@ -115,20 +115,25 @@ class SyncNear(EpochCache):
         found, missed = {}, {}
         for key in keys:
             full = self.make_key(key, version)
-            value = self._look(full)
+            self.validate_key(full)
+            value = self.level.look(full, lease=False)
             if value is MISSING:
                 missed[full] = key
             else:
                 found[key] = value
+        if missed:
+            self.level.leave_misses(missed)
         return found, missed
 
     def _promote_many(self, missed: dict[str, Any], stored: Mapping[str, Any]) -> dict[Any, Any]:
         level = self.level
         values = {
-            key: level.promote(full, stored.get(level.second_key(full)))
-            for full, key in missed.items()
+            full: level.promote(full, stored.get(level.second_key(full)), used_up=False)
+            for full in missed
         }
-        return {key: value for key, value in values.items() if value is not MISSING}
+        found = {full: value for full, value in values.items() if value is not MISSING}
+        level.take_misses(found, None)
+        return {missed[full]: value for full, value in found.items()}
 
     # -- storing --------------------------------------------------------------------------------
 
@@ -194,10 +199,11 @@ class SyncNear(EpochCache):
     ) -> tuple[float | None, dict[str, Any]]:
         """Store values near; returns their seconds, and what the second level is to have."""
         seconds, extra = self._seconds(timeout), names_of_tags(tags)
+        values = {self.make_and_validate_key(key, version): value for key, value in data.items()}
+        misses = self.level.take_misses(values, seconds)
         wrapped = {}
-        for key, value in data.items():
-            full = self.make_and_validate_key(key, version)
-            miss = self.level.take_miss(full, seconds)
+        for full, value in values.items():
+            miss = misses.get(full)
             if self._fill_in_transaction(full, value, seconds, extra, miss):
                 continue
             snapshot = self.level.set(full, value, seconds, extra, miss)

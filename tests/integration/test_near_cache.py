@@ -267,6 +267,65 @@ def test_the_fill_of_a_miss_keeps_the_tags_epochs_of_before_the_miss() -> None:
     assert mine.get("a") is None
 
 
+@pytest.mark.parametrize("alias", ["near", pytest.param("layered", marks=ANNOUNCES)])
+def test_however_many_keys_are_missed_at_once_what_was_read_before_a_change_is_not_stored(
+    alias: str,
+) -> None:
+    mine, keys = cache(alias), [f"k{number}" for number in range(100)]
+    assert mine.get_many(keys) == {}
+    node_table().bump([tag_name("shelf")])
+    mine.set_many(dict.fromkeys(keys, "read before"), tags=["shelf"])
+    assert mine.get_many(keys) == {}
+    mine.set_many(dict.fromkeys(keys, "read after"), tags=["shelf"])
+    assert mine.get_many(keys) == dict.fromkeys(keys, "read after")
+
+
+@ANNOUNCES
+async def test_nor_by_the_async_half() -> None:
+    mine, keys = cache("layered"), [f"k{number}" for number in range(100)]
+    assert await mine.aget_many(keys) == {}
+    node_table().bump([tag_name("shelf")])
+    await mine.aset_many(dict.fromkeys(keys, "read before"), tags=["shelf"])
+    assert await mine.aget_many(keys) == {}
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_however_many_are_missed_one_by_one_neither(many: bool) -> None:
+    mine, keys = cache(), [f"k{number}" for number in range(300)]
+    for key in keys:
+        assert mine.get(key) is None
+    node_table().bump([tag_name("shelf")])
+    if many:
+        mine.set_many(dict.fromkeys(keys, "read before"), tags=["shelf"])
+    else:
+        for key in keys:
+            mine.set(key, "read before", tags=["shelf"])
+    assert mine.get_many(keys) == {}
+
+
+def test_the_fills_of_many_leave_the_copies_of_others_alone(
+    other_process: Callable[..., NearCache],
+) -> None:
+    mine, other = cache(), other_process()
+    values = {f"k{number}": number for number in range(300)}
+    for near in (mine, other):
+        assert near.get_many(values) == {}
+        near.set_many(values)
+    assert mine.get_many(values) == other.get_many(values) == values
+
+
+@ANNOUNCES
+def test_a_miss_of_many_that_the_second_level_had_is_used_up(
+    other_process: Callable[..., NearCache],
+) -> None:
+    mine, other = cache("layered"), other_process("layered")
+    mine.set("a", 1)
+    assert other.get_many(["a", "b"]) == {"a": 1}
+    node_table().bump([tag_name("shelf")])
+    other.set("a", "said now", tags=["shelf"])
+    assert mine.get("a") == "said now"
+
+
 def test_a_miss_within_a_load_does_not_use_up_the_lease_of_the_load() -> None:
     """outer: get, load (inner: get, load, set), set — with a change before the inner get."""
     mine = cache()
