@@ -168,16 +168,26 @@ class NearLevel:
         loaded_at: int | None = None,
     ) -> Snapshot | None:
         """Store a value that was loaded after ``lease``; None where it may be stale already."""
+        snapshot = self.settle(full, extra, lease)
+        if snapshot is None:
+            return None
+        if loaded_at is not None:
+            snapshot = snapshot._replace(at=min(loaded_at, snapshot.at))
+        self.keep(full, value, seconds, snapshot)
+        return snapshot
+
+    def settle(self, full: str, extra: tuple[str, ...], lease: Lease) -> Snapshot | None:
+        """What a value that was loaded after ``lease`` is to be stored under; None: not at all."""
         self._look_at_table()
         snapshot = self.table.settle(lease, self.store.names(full, extra))
         if snapshot is None:
             self.store.count("refused", _tags_in(extra))
-            return None
-        if loaded_at is not None:
-            snapshot = snapshot._replace(at=min(loaded_at, snapshot.at))
-        self._put(full, value, expiry(seconds), snapshot)
-        self.store.count("fills", _tags_in(extra))
         return snapshot
+
+    def keep(self, full: str, value: Frozen, seconds: float | None, snapshot: Snapshot) -> None:
+        """Have a value near that nobody's copy of the key is to end for."""
+        self._put(full, value, expiry(seconds), snapshot)
+        self.store.count("fills", _tags(snapshot))
 
     def _assert(
         self, full: str, value: Frozen, seconds: float | None, names: tuple[str, ...]

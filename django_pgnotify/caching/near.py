@@ -19,7 +19,7 @@ from .level import MISSING
 from .loading import Place, aload
 from .near_sync import SyncNear, names_of_tags
 from .shelf import Shelf
-from .stored import wrap
+from .stored import REPLACE_WITHIN, replacing, wrap
 
 
 class NearCache(SyncNear):
@@ -120,6 +120,7 @@ class NearCache(SyncNear):
             if self.level.has_miss(full):
                 return await sync_to_async(self._add_near)(full, frozen, seconds, extra)
             return self._add_near(full, frozen, seconds, extra)
+        lease = self.level.lease()
         if self.level.entry(full) is not None:
             return False
         key_there = self.level.second_key(full)
@@ -129,14 +130,19 @@ class NearCache(SyncNear):
         miss = self.level.take_miss(full, seconds)
         if await self._afill_in_transaction(full, frozen, seconds, extra, miss):
             return True
-        snapshot = self.level.set(full, frozen, seconds, extra, miss)
+        snapshot = self.level.settle(full, extra, lease if miss is None else miss.lease)
         if snapshot is None:
-            return True
+            return False
         stored = wrap(frozen, snapshot, seconds)
-        if there is not None:
-            await second.aset(key_there, stored, seconds)
-            return True
-        return self._added(full, await second.aadd(key_there, stored, seconds))
+        if there is None:
+            added = await second.aadd(key_there, stored, seconds)
+        else:
+            added = await second.aadd(replacing(key_there, there), 1, REPLACE_WITHIN)
+            if added:
+                await second.aset(key_there, stored, seconds)
+        if added:
+            self.level.keep(full, frozen, seconds, snapshot)
+        return added
 
     async def atouch(
         self, key: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None

@@ -33,7 +33,7 @@ from .loading import Place, load
 from .options import NearOptions
 from .shelf import Shelf
 from .store import NEVER, expiry
-from .stored import wrap
+from .stored import REPLACE_WITHIN, replacing, wrap
 from .transactions import in_transaction, publish
 
 
@@ -224,6 +224,8 @@ class SyncNear(EpochCache):
         seconds, second, extra = self._seconds(timeout), self.second_level, names_of_tags(tags)
         if second is None:
             return self._add_near(full, frozen, seconds, extra)
+        # Nothing is bumped: who comes too late would end what another has added meanwhile.
+        lease = self.level.lease()
         if self.level.entry(full) is not None:
             return False
         key_there = self.level.second_key(full)
@@ -233,14 +235,19 @@ class SyncNear(EpochCache):
         miss = self.level.take_miss(full, seconds)
         if self._fill_in_transaction(full, frozen, seconds, extra, miss):
             return True
-        snapshot = self.level.set(full, frozen, seconds, extra, miss)
+        snapshot = self.level.settle(full, extra, lease if miss is None else miss.lease)
         if snapshot is None:
-            return True
+            return False
         stored = wrap(frozen, snapshot, seconds)
-        if there is not None:  # it does not count
-            second.set(key_there, stored, seconds)
-            return True
-        return self._added(full, second.add(key_there, stored, seconds))
+        if there is None:
+            added = second.add(key_there, stored, seconds)
+        else:  # it does not count
+            added = second.add(replacing(key_there, there), 1, REPLACE_WITHIN)
+            if added:
+                second.set(key_there, stored, seconds)
+        if added:
+            self.level.keep(full, frozen, seconds, snapshot)
+        return added
 
     def _add_near(
         self, full: str, value: Frozen, seconds: float | None, extra: tuple[str, ...]
@@ -255,11 +262,6 @@ class SyncNear(EpochCache):
                 return False
             self.level.set(full, value, seconds, extra, miss)
             return True
-
-    def _added(self, full: str, added: bool) -> bool:
-        if not added:
-            self.level.store.drop(full)  # somebody else's is there
-        return added
 
     # -- changing -------------------------------------------------------------------------------
 

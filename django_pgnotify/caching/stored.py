@@ -25,6 +25,10 @@ LONGEST_KEY = 180
 """Characters of a key there. memcached takes 250 with the prefix and version that a cache adds."""
 
 
+REPLACE_WITHIN = 10
+"""Seconds in which one ``add`` replaces what does not count, and every other one is too late."""
+
+
 class Found(NamedTuple):
     """A value that counts, with the epochs that it counts under on this node."""
 
@@ -43,6 +47,12 @@ def key_there(begin: str, key: str) -> str:
     """The key in the cache that processes share of a key of the NearCache before it."""
     full = f"{begin}:{key}"
     return full if len(full) <= LONGEST_KEY else f"{begin}:{_digest(key, 16)}"
+
+
+def replacing(key_there: str, stored: object) -> str:
+    """A key that one caller of ``add`` can have, who then replaces what does not count there."""
+    stored_as = repr(stored[1:5]) if isinstance(stored, (tuple, list)) else ""
+    return f"{key_there}:{_digest(stored_as, 8)}"
 
 
 def _digest(text: str, size: int) -> str:

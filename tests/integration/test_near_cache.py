@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.core.cache import caches
 from django.core.cache.backends.base import (
     CacheKeyWarning,
@@ -746,6 +747,80 @@ def test_add_and_incr_work_across_processes_with_a_second_level(
     node_table().bump_all()
     assert other.add("lock", 5) is True, "what is there does not count"
     assert mine.get("lock") == 5
+
+
+class Slow:
+    """Has another process do something, once, behind the look of an add() into the second level."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.meanwhile: Callable[[], Any] | None = None
+        backend = type(caches["files"])
+        get = backend.get
+
+        def slow(this: Any, *args: Any, **kwargs: Any) -> Any:
+            found = get(this, *args, **kwargs)
+            meanwhile, self.meanwhile = self.meanwhile, None
+            if meanwhile is not None:
+                in_new_context(meanwhile)
+            return found
+
+        monkeypatch.setattr(backend, "get", slow)
+
+
+def add(near: NearCache, value: str) -> bool:
+    return near.add("lock", value)
+
+
+def aadd(near: NearCache, value: str) -> bool:
+    return async_to_sync(near.aadd)("lock", value)
+
+
+@pytest.mark.parametrize("add", [add, aadd], ids=["sync", "async"])
+@pytest.mark.parametrize("before", ["nothing", "what does not count", "something else's"])
+@pytest.mark.parametrize("missed", [False, True], ids=["", "after a get"])
+@ANNOUNCES
+def test_of_processes_that_add_a_key_at_once_one_does(
+    other_process: Callable[..., NearCache],
+    monkeypatch: pytest.MonkeyPatch,
+    add: Callable[[NearCache, str], bool],
+    before: str,
+    missed: bool,
+) -> None:
+    mine, other, third = cache("layered"), other_process("layered"), other_process("layered")
+    if before == "what does not count":
+        other.set("lock", "stale")
+        node_table().bump_all()
+    elif before != "nothing":
+        caches["files"].set(mine.level.second_key(mine.make_key("lock")), "no value of ours")
+    if missed:
+        assert mine.get("lock") is None
+    slow, added = Slow(monkeypatch), []
+    slow.meanwhile = lambda: added.append(add(other, "theirs"))
+    assert add(mine, "mine") is False
+    assert added == [True]
+    assert mine.level.store.entries == {}, "nobody in this process was to see it"
+    assert [near.get("lock") for near in (other, mine, third)] == ["theirs"] * 3
+    assert add(third, "a third") is False
+
+
+@ANNOUNCES
+def test_after_each_gap_a_key_can_be_added_again(other_process: Callable[..., NearCache]) -> None:
+    mine, other = cache("layered"), other_process("layered")
+    for near in (mine, other, mine):
+        assert near.add("lock", 1) is True
+        assert mine.add("lock", 2) is other.add("lock", 2) is False
+        node_table().bump_all()
+
+
+@ANNOUNCES
+def test_an_add_of_what_was_changed_meanwhile_adds_nothing_and_says_so(
+    other_process: Callable[..., NearCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = cache("layered"), other_process("layered")
+    slow = Slow(monkeypatch)
+    slow.meanwhile = lambda: other.delete("lock")
+    assert mine.add("lock", "mine") is False
+    assert other.add("lock", "theirs") is True
 
 
 @ANNOUNCES
