@@ -29,7 +29,9 @@ class NearCache(SyncNear):
     OPTIONS, beside ``MAX_ENTRIES`` (default 10,000) and ``CULL_FREQUENCY``:
 
     ``SECOND_LEVEL``
-        alias of a cache that is asked on a miss. Default: none.
+        alias of a cache that is asked on a miss. Default: none. Other nodes take from there what
+        was filled (``get_or_set``, ``cached``, ``set`` after a miss) or added. What was set
+        otherwise, or made by ``incr`` or ``touch``, is a miss to them once they have heard of it.
     ``MAX_STALENESS``
         seconds without a heartbeat of the listener after which nothing is taken from the cache;
         None for never. Default: ``PGNOTIFY_MAX_STALENESS``.

@@ -707,6 +707,49 @@ def test_another_node_takes_what_was_loaded_after_its_last_invalidation_only(
     assert mine.get("a") == "loaded here", "this node has not heard of it yet"
 
 
+def say(near: NearCache) -> None:
+    near.set("a", "of here")
+
+
+def fill(near: NearCache) -> None:
+    near.get_or_set("a", "of here")
+
+
+def fill_by_hand(near: NearCache) -> None:
+    assert near.get("a") is None
+    near.set("a", "of here")
+
+
+def add_it(near: NearCache) -> None:
+    assert near.add("a", "of here") is True
+
+
+@pytest.mark.parametrize(
+    ("store", "reaches"), [(fill, True), (fill_by_hand, True), (add_it, True), (say, False)]
+)
+@ANNOUNCES
+def test_what_was_filled_reaches_a_node_that_has_heard_of_all_and_what_was_said_does_not(
+    settings: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    store: Callable[[NearCache], None],
+    reaches: bool,
+) -> None:
+    """As the documentation says of values that other nodes are to share."""
+    settings.PGNOTIFY_CLOCK_SKEW = 0.001
+    with other_node(settings, tmp_path):
+        node_table()  # begins now
+    time.sleep(0.01)  # more than the skew: what the clocks may be apart
+    announced: list[str] = []
+    monkeypatch.setattr("django_pgnotify.caching.level.announce", announced.extend)
+    store(cache("layered"))
+    with other_node(settings, tmp_path) as there:
+        if announced:
+            node_table().bump(announced)
+        assert there.get("a") == ("of here" if reaches else None)
+        assert there.get_or_set("a", "of there") == ("of here" if reaches else "of there")
+
+
 @ANNOUNCES
 def test_within_the_clock_skew_of_an_invalidation_another_nodes_value_is_not_taken(
     settings: Any, tmp_path: Path
