@@ -260,8 +260,8 @@ class SyncNear(EpochCache):
         with self.level.store.changing:
             if self.level.entry(full) is not None:
                 return False
-            self.level.set(full, value, seconds, extra, miss)
-            return True
+            stored = self.level.set(full, value, seconds, extra, miss)
+            return stored is not None or (seconds is not None and seconds <= 0)
 
     # -- changing -------------------------------------------------------------------------------
 

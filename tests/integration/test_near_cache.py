@@ -455,6 +455,15 @@ def test_of_threads_that_add_a_key_at_once_one_does() -> None:
     assert mine.get("lock") == added[0]
 
 
+def test_an_add_that_stores_nothing_says_so() -> None:
+    mine = cache()
+    assert mine.get("a") is None
+    node_table().bump([tag_name("shelf")])
+    assert mine.add("a", "read before", tags=["shelf"]) is False
+    assert mine.add("a", "read after", tags=["shelf"]) is True
+    assert mine.add("b", "gone at once", 0) is True
+
+
 # -- the heartbeat -------------------------------------------------------------------------------
 
 
