@@ -72,6 +72,8 @@ _PRUNE = tuple(
     "WHERE expires_at <= now() ORDER BY expires_at LIMIT 1000 FOR UPDATE SKIP LOCKED))"
     for table in ("pgnotify_layer_message", "pgnotify_layer_member")
 )
+_READS = (_FETCH, _MEMBERS)
+"""Statements that do no harm if they run twice."""
 
 
 class Taken(NamedTuple):
@@ -212,6 +214,8 @@ class Rows:
     async def _execute(self, statement: str, *params: str) -> list[Row]:
         """Run a statement; once more on a fresh session if ours was told to end before it did it.
 
+        One that only reads also where it is not known whether it was done.
+
         Raises:
             PublishError: the database could not be reached, or not be told.
             PgNotifyError: the tables are not there.
@@ -225,7 +229,8 @@ class Rows:
                     f"'manage.py migrate django_pgnotify --database {self._using}' makes them."
                 ) from exc
             except (PgNotifyError, psycopg.Error) as exc:
-                if not (again and isinstance(exc, NotSent)):
+                harmless = PublishError if statement in _READS else NotSent
+                if not (again and isinstance(exc, harmless)):
                     raise PublishError(
                         f"The channel layer could not reach its tables: {first_line(exc)}"
                     ) from exc
