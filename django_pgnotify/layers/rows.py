@@ -204,6 +204,7 @@ class Rows:
 
     async def join(self, layer: str, group: str, channel: str, expiry: float) -> None:
         await self._execute(_JOIN, layer, group, channel, str(expiry))
+        self._wrote(0.0)  # memberships last for a day, and few are not taken back
 
     async def leave(self, layer: str, group: str, channel: str) -> None:
         await self._execute(_LEAVE, layer, group, channel)

@@ -300,6 +300,25 @@ async def test_the_membership_of_a_normal_channel_expires(
     assert await rows_in(raw, "member") == 1
 
 
+async def test_a_membership_that_has_expired_costs_nobody_who_sends_to_groups_anything(
+    make_layer: MakeLayer, raw: psycopg.AsyncConnection[Any]
+) -> None:
+    """Nobody may come to prune it for days."""
+    layer = make_layer()
+    channel = await member(layer, "room")
+    await raw.execute(
+        "insert into pgnotify_layer_member (layer, group_name, channel, expires_at)"
+        " values ('gone', 'room', 'jobs', now() - interval '1 s')"
+    )
+    await layer.group_send("room", {"type": "x"})
+    assert await take(layer, channel) == {"type": "x"}
+    assert port_of(layer).hub.rows.connection is None, "no rows have been looked for"
+    await layer.group_add("room", "jobs")
+    async with asyncio.timeout(DEADLINE):
+        while await rows_in(raw, "member") != 1:  # whoever joins prunes
+            pass
+
+
 async def test_a_flush_takes_rows_and_members_of_this_layer_only(
     make_layer: MakeLayer, raw: psycopg.AsyncConnection[Any]
 ) -> None:
