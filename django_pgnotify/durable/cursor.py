@@ -136,7 +136,7 @@ class Page(NamedTuple):
 
 
 class TransactionIdsWentBack(Exception):
-    """The server is at a lower transaction id than the cursor: it is not the one it was."""
+    """The server is not the one the cursor is of: its transaction ids were, or may be, lower."""
 
 
 class LogReader:

@@ -21,7 +21,8 @@ from ..exceptions import ConnectionLost, PublishError
 from ..listening.connection import ListenConnection, Row, first_line
 from ..listening.listener import Listener
 
-_MEMBERS = "EXISTS (SELECT FROM pgnotify_layer_member)"
+# Expired ones do not count: nobody may come to prune them, and each send would look for them.
+_MEMBERS = "EXISTS (SELECT FROM pgnotify_layer_member WHERE expires_at > now())"
 _ONE, _ONE_AND_MEMBERS = b"pgnotify_one", b"pgnotify_one_and_members"
 _PREPARE = (
     "PREPARE pgnotify_one (text, text) AS SELECT pg_notify($1, $2)",

@@ -46,6 +46,7 @@ class Target(Protocol):
     def stats(self) -> Stats: ...
     def has_members(self, group: str) -> bool: ...
     def deliver(self, group: str, message: dict[str, Any]) -> None: ...
+    def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None: ...
 
 
 class DirectFeed:
@@ -123,6 +124,8 @@ class DirectFeed:
                     self._pass_on(receiver, event)
 
     def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
+        # To all members: a template with {pk} has no names for the groups that missed something.
+        self._layer.note_gap(since, until, cause)
         for receiver, streams in self._routes:
             if receiver.on_gap:
                 for topic in sorted({stream.topic for stream in streams}):

@@ -237,6 +237,13 @@ class Local:
             if box.groups and self.wants_gaps(channel):
                 self._tell(box, gap_message(since, until, cause))
 
+    def note_missed(self, name: str, cause: str) -> None:
+        """Tell the members of a group that they missed a message of it, if they want to know."""
+        group = self.groups.get(name)
+        for channel, box in () if group is None else group.boxes.items():
+            if self.wants_gaps(channel):
+                self._tell(box, gap_message(None, None, cause))
+
     def wants_gaps(self, channel: str) -> bool:
         wanted = self._options.gap_messages
         if isinstance(wanted, bool):

@@ -120,22 +120,29 @@ class Port:
             while self._incoming:
                 kind, name, body = self._incoming.popleft()
                 if type(body) is int:
-                    body = await self._stored(body) if self._concerns_us(kind, name) else None
+                    body = await self._stored(kind, name, body)
                 if body is not None:
                     self._take_in(kind, name, body, time.monotonic())
         finally:
             self._fetching = None
 
-    async def _stored(self, number: int) -> bytes | None:
+    async def _stored(self, kind: int, name: str, number: int) -> bytes | None:
+        """A stored message; None, and a gap to the members of a group, if it cannot be had."""
+        if not self._concerns_us(kind, name):
+            return None
+        cause = "a stored message could not be fetched"
         try:
             stored = await self.hub.rows.fetch(self._base, number)
             if stored is None:
+                cause = "expiry"
                 logger.warning("A stored message has expired, or never was")
             else:
                 return self.codec.unseal(stored)
         except Exception as exc:  # noqa: BLE001 - the others must go on, whatever it was
             logger.error("A stored message could not be fetched: %s", type(exc).__name__)
         self.stats.add("broken")
+        if kind == wire.GROUP:
+            self.local.note_missed(name, cause)
         return None
 
     def _concerns_us(self, kind: int, name: str) -> bool:

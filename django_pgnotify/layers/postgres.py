@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, Protocol
 
 from channels.exceptions import ChannelFull, MessageTooLarge
@@ -292,6 +293,15 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         for port in list(self._ports.values()):
             with suppress(RuntimeError):  # its loop has been closed
                 port.loop.call_soon_threadsafe(port.deliver, group, body)
+
+    def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
+        """Tell the members of groups in this process, where they want to know (``gap_messages``).
+
+        For whoever calls :meth:`deliver` and may have missed something. In any thread.
+        """
+        for port in list(self._ports.values()):
+            with suppress(RuntimeError):  # its loop has been closed
+                port.loop.call_soon_threadsafe(port.local.note_gap, since, until, cause)
 
     async def _feed_listening(self) -> None:
         if self.feed is not None:

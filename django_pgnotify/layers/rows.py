@@ -7,7 +7,7 @@ It sends, too, where the loop does not listen.
 from __future__ import annotations
 
 import asyncio
-import time
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,8 +19,11 @@ from ..listening.connection import Row, first_line
 from ..listening.parameters import connection_params
 from .connection import LayerConnection, NotSent
 
+logger = logging.getLogger("django_pgnotify.layers")
+
 _PRUNE_EVERY = 10.0
-"""Seconds between two looks for expired rows, by each loop that writes any."""
+"""Seconds between two looks for expired rows, by each loop that has written any."""
+_PRUNE_AT_ONCE = 1000
 
 _STORE = (
     "INSERT INTO pgnotify_layer_message (layer, channel, body, expires_at) "
@@ -68,10 +71,13 @@ _FLUSH = (
     "DELETE FROM pgnotify_layer_member WHERE layer = $1",
 )
 _PRUNE = tuple(
-    f"DELETE FROM {table} WHERE id = ANY (ARRAY(SELECT id FROM {table} "  # noqa: S608 - constants
-    "WHERE expires_at <= now() ORDER BY expires_at LIMIT 1000 FOR UPDATE SKIP LOCKED))"
+    f"WITH gone AS (DELETE FROM {table} WHERE id = ANY (ARRAY(SELECT id FROM {table} "  # noqa: S608
+    f"WHERE expires_at <= now() ORDER BY expires_at LIMIT {_PRUNE_AT_ONCE} FOR UPDATE SKIP LOCKED))"
+    " RETURNING 1) SELECT count(*) FROM gone"
     for table in ("pgnotify_layer_message", "pgnotify_layer_member")
 )
+_READS = (_FETCH, _MEMBERS)
+"""Statements that do no harm if they run twice."""
 
 
 class Taken(NamedTuple):
@@ -93,7 +99,12 @@ class Rows:
         self._using = using
         self._connection: LayerConnection | None = None
         self._opening = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
         self._prune_due = 0.0
+        self._last_expires = 0.0
+        """When the last row that we have written expires."""
+        self._alarm: asyncio.TimerHandle | None = None
+        self._pruning: asyncio.Future[list[Row]] | None = None
         self._closed = False
 
     @property
@@ -121,6 +132,10 @@ class Rows:
 
     def close(self) -> None:
         self._closed = True
+        if self._alarm is not None:
+            self._alarm.cancel()
+        if self._pruning is not None:
+            self._pruning.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -139,7 +154,7 @@ class Rows:
     async def store(self, layer: str, body: bytes, expiry: float) -> int:
         """Keep a body for those who will be told its number, which is returned."""
         [(number,)] = await self._execute(_STORE, layer, body.hex(), str(expiry))
-        await self._prune()
+        self._wrote(expiry)
         return int(number or 0)
 
     async def fetch(self, layer: str, number: int) -> bytes | None:
@@ -161,7 +176,7 @@ class Rows:
             *(_PUT, layer, channel, body.hex(), str(expiry), str(capacity)),
             *(part.decode() for part in wake),
         )
-        await self._prune()
+        self._wrote(expiry)
         return bool(rows)
 
     async def take(
@@ -189,6 +204,7 @@ class Rows:
 
     async def join(self, layer: str, group: str, channel: str, expiry: float) -> None:
         await self._execute(_JOIN, layer, group, channel, str(expiry))
+        self._wrote(0.0)  # memberships last for a day, and few are not taken back
 
     async def leave(self, layer: str, group: str, channel: str) -> None:
         await self._execute(_LEAVE, layer, group, channel)
@@ -203,14 +219,58 @@ class Rows:
             for statement in _FLUSH:
                 await self._execute(statement, layer)
 
-    async def _prune(self) -> None:
-        if time.monotonic() >= self._prune_due:
-            self._prune_due = time.monotonic() + _PRUNE_EVERY
-            for statement in _PRUNE:
-                await self._execute(statement)
+    # -- expired rows -------------------------------------------------------------------------
+
+    def _wrote(self, expiry: float) -> None:
+        """See to it that expired rows go, until those written now are among them."""
+        now = self._loop.time()
+        self._last_expires = max(self._last_expires, now + expiry)
+        if self._alarm is not None or self._closed:
+            return
+        if now < self._prune_due:
+            self._alarm = self._loop.call_at(self._prune_due, self._prune)
+        else:
+            self._prune()  # at once: the loop may be about to end
+
+    def _prune(self) -> None:
+        """Begin to remove what has expired; nobody waits for it, and it fails nobody."""
+        now = self._loop.time()
+        self._prune_due, self._alarm = now + _PRUNE_EVERY, None
+        if now <= self._last_expires + _PRUNE_EVERY:
+            self._alarm = self._loop.call_at(self._prune_due, self._prune)
+        if self._pruning is None:
+            self._prune_some(list(_PRUNE))
+
+    def _prune_some(self, statements: list[str]) -> None:
+        """Run the first of the statements, again while there is more; then the next."""
+        connection = self.connection
+        if connection is None or not statements:
+            return
+
+        def done(answer: asyncio.Future[list[Row]]) -> None:
+            self._pruning = None
+            if answer.cancelled():
+                return
+            if (error := answer.exception()) is not None:
+                logger.warning(
+                    "Expired rows of the channel layer could not be removed, and wait: %s",
+                    first_line(error),
+                )
+                return
+            [(count,)] = answer.result()
+            # Others have their turn in between, and yet it keeps up with whatever they write.
+            more = int(count or 0) == _PRUNE_AT_ONCE
+            self._prune_some(statements if more else statements[1:])
+
+        self._pruning = connection.request(statements[0].encode(), (), timeout=conf.CONNECT_TIMEOUT)
+        self._pruning.add_done_callback(done)
+
+    # -- statements -----------------------------------------------------------------------------
 
     async def _execute(self, statement: str, *params: str) -> list[Row]:
         """Run a statement; once more on a fresh session if ours was told to end before it did it.
+
+        One that only reads also where it is not known whether it was done.
 
         Raises:
             PublishError: the database could not be reached, or not be told.
@@ -225,7 +285,8 @@ class Rows:
                     f"'manage.py migrate django_pgnotify --database {self._using}' makes them."
                 ) from exc
             except (PgNotifyError, psycopg.Error) as exc:
-                if not (again and isinstance(exc, NotSent)):
+                harmless = PublishError if statement in _READS else NotSent
+                if not (again and isinstance(exc, harmless)):
                     raise PublishError(
                         f"The channel layer could not reach its tables: {first_line(exc)}"
                     ) from exc

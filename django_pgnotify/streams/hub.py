@@ -287,8 +287,11 @@ class Hub:
 
     def _heard(self, event: Event) -> None:
         if event.topic in self.durable_topics:
-            # Itself it comes from the log; and a gap is none where the log has what was missed.
-            if self._tail is not None:
+            # Itself it comes from the log; and a gap is none where the log has what was missed,
+            # which it has not where the server is another one.
+            if self._tail is not None and event.action == "gap":
+                self._tail.doubt()
+            elif self._tail is not None:
                 self._tail.wake()
         else:
             self._hand_on([Item(event)])

@@ -57,6 +57,8 @@ class LogTail:
         self._using = using
         self._deliver = deliver
         self._closed = False
+        self._doubtful = False
+        """Whether it may be another server by now: a connection to it was lost."""
         self._awake = asyncio.Event()
         self._joining: list[tuple[asyncio.Future[str], Callable[[], None]]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pgnotify-stream")
@@ -72,6 +74,11 @@ class LogTail:
 
     def wake(self) -> None:
         """There may be something new."""
+        self._awake.set()
+
+    def doubt(self) -> None:
+        """Whoever listens has lost the server: it may be another one by now."""
+        self._doubtful = True
         self._awake.set()
 
     async def follow(self) -> None:
@@ -165,13 +172,20 @@ class LogTail:
                 return
 
     async def _read(self, reader: LogReader, cursor: Cursor) -> tuple[Page, list[Found]]:
-        return await self._run(lambda: self._page(reader, cursor))
+        try:
+            return await self._run(lambda: self._page(reader, cursor))
+        except TransactionIdsWentBack:
+            self._awake.set()  # whoever reads, the tail itself must find out
+            raise
 
     def _page(self, reader: LogReader, cursor: Cursor) -> tuple[Page, list[Found]]:
         try:
+            if self._doubtful:
+                self._make_sure()
             page = reader.next_page(cursor)
             bodies = [reader.body(logged) for logged in page.events]
         except (DatabaseError, InterfaceError):
+            self._doubtful = True
             connections[self._using].close()  # it may be broken
             raise
         found = []
@@ -183,12 +197,27 @@ class LogTail:
                 found.append((entry.event, page.after(logged)))
         return page, found
 
+    def _make_sure(self) -> None:
+        """Ask whether it is the same server still.
+
+        One that was promoted gives the transaction ids again that it did not get in time: what
+        they write now the cursor takes for seen, and no id of it looks wrong.
+        """
+        self._doubtful = False  # before it asks: a doubt that comes meanwhile is another one
+        if self._look_at_epoch() != self.epoch:
+            self._doubtful = True
+            raise TransactionIdsWentBack("the server is another one, or was restored or promoted")
+
     def _look(self) -> tuple[str, str]:
-        epoch = str(current_epoch(self._using))
+        epoch = self._look_at_epoch()
         with connections[self._using].cursor() as cursor:
             cursor.execute("SELECT pg_current_snapshot()::text")
             [snapshot] = cursor.fetchone()
-        return snapshot, hashlib.blake2b(epoch.encode(), digest_size=6).hexdigest()
+        return snapshot, epoch
+
+    def _look_at_epoch(self) -> str:
+        epoch = str(current_epoch(self._using))
+        return hashlib.blake2b(epoch.encode(), digest_size=6).hexdigest()
 
     async def _run(self, work: Callable[[], T]) -> T:
         if self._closed:

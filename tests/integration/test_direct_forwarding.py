@@ -18,7 +18,7 @@ from django_pgnotify.listening.background import background_listener
 from django_pgnotify.registry import registry
 from django_pgnotify.testing import InMemoryBus, running_listener
 from tests.integration.recording import aterminate, client, failures
-from tests.integration.test_layer import stop_layers, take
+from tests.integration.test_layer import port_of, stop_layers, take
 from tests.testapp.models import Order, Shipment
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -165,6 +165,31 @@ async def test_a_gap_of_the_listener_reaches_those_who_asked_for_it(
     assert (message["type"], message["event"]["action"]) == ("reload", "gap")
     await apublish("jobs", 1)
     assert (await take(layer, channel))["type"] == "job"
+
+
+@pytest.mark.parametrize("wanted", [True, ["order.*"]])
+async def test_a_gap_of_the_listener_is_a_gap_to_the_members_who_want_to_know(
+    layer: PostgresChannelLayer, settings: Settings, wanted: Any
+) -> None:
+    """A template with {pk} has no name for the groups that missed something."""
+    entry = settings.CHANNEL_LAYERS["default"]
+    config = {**entry["CONFIG"], "gap_messages": wanted}
+    settings.CHANNEL_LAYERS = {"default": {**entry, "CONFIG": config}}
+    layer = channel_layers["default"]
+    forward(Order, group="order.{pk}", type="order.changed", direct=True)
+    order = await Order.objects.acreate()
+    channel, chat = await member(layer, f"order.{order.pk}"), await member(layer, "chat")
+    async with client() as other:
+        await aterminate(other, background_listener("default").backend_pid)
+    gap = await take(layer, channel)
+    assert gap["type"] == "pgnotify.gap"
+    assert gap["since"] < gap["until"]
+    assert gap["cause"]
+    order.status = "paid"
+    await order.asave()
+    assert (await take(layer, channel))["type"] == "order.changed"
+    assert len(port_of(layer).local.boxes[chat].messages) == (1 if wanted is True else 0)
+    await layer.close()
 
 
 async def test_a_layer_that_is_closed_hears_no_more_and_begins_again_with_the_next_member(

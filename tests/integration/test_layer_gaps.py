@@ -14,14 +14,16 @@ import pytest
 from django.db import connections
 
 from django_pgnotify.exceptions import InvalidArgument
-from django_pgnotify.layers import PostgresChannelLayer
+from django_pgnotify.layers import PostgresChannelLayer, codec
 from django_pgnotify.layers import local as local_module
 from django_pgnotify.layers import mailbox as mailbox_module
 from django_pgnotify.layers import port as port_module
 from tests.integration.test_layer import (
+    DEADLINE,
     Message,
     established_again,
     fence,
+    frame,
     heard_until,
     listening_pid,
     member,
@@ -31,6 +33,7 @@ from tests.integration.test_layer import (
     terminate,
     wire_of,
 )
+from tests.proxy import TCPProxy
 from tests.settings import database_url
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -56,6 +59,16 @@ async def raw(django_db_setup: None) -> AsyncIterator[psycopg.AsyncConnection[An
     url = database_url(connections["default"].settings_dict)
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         yield connection
+
+
+@pytest.fixture
+def proxied(
+    proxy: TCPProxy, monkeypatch: pytest.MonkeyPatch, settings: Any, django_db_setup: None
+) -> str:
+    """An alias of the test database that goes through the proxy."""
+    entry = {**connections["default"].settings_dict, "HOST": proxy.host, "PORT": str(proxy.port)}
+    monkeypatch.setitem(connections.settings, "proxied", entry)
+    return "proxied"
 
 
 @pytest.fixture
@@ -197,6 +210,74 @@ async def test_what_expired_unread_is_a_gap_too(
     await layer.new_channel()
     assert is_gap(await take(layer, slow), "expiry")
     assert layer.stats["expired"] == 2
+
+
+async def test_a_stored_message_that_is_gone_is_a_gap_to_the_members_of_its_group(
+    make_layer: MakeLayer, raw: psycopg.AsyncConnection[Any]
+) -> None:
+    layer = make_layer(gap_messages=["room"])
+    channel, other = await member(layer, "room"), await member(layer, "lobby")
+    for group in ("room", "lobby"):
+        payload = frame(codec.GROUP, group, 10**9)
+        await raw.execute("select pg_notify(%s, %s)", [wire_of(layer, group), payload])
+        await layer.group_send(group, {"type": "after"})
+    assert is_gap(await take(layer, channel), "expiry")
+    for one in (channel, other):
+        assert await take(layer, one) == {"type": "after"}
+
+
+@pytest.fixture
+async def parted(
+    make_layer: MakeLayer, proxied: str, proxy: TCPProxy, settings: Any
+) -> tuple[PostgresChannelLayer, str]:
+    """A layer whose rows alone are behind the proxy, connected; and a member of its "room"."""
+    settings.PGNOTIFY_DATABASE, settings.PGNOTIFY_LISTEN_DATABASE = proxied, "default"
+    settings.PGNOTIFY_CONNECT_TIMEOUT = 3 * DEADLINE
+    layer = make_layer(gap_messages=True)
+    channel = await member(layer, "room")
+    await make_layer(using="default").group_send("room", LARGE)
+    assert await take(layer, channel) == LARGE
+    return layer, channel
+
+
+LARGE = {"type": "large", "body": "x" * 20_000}
+
+
+async def lose_answer(
+    layer: PostgresChannelLayer, proxy: TCPProxy, sender: PostgresChannelLayer
+) -> None:
+    """Return once the layer has asked for a stored message, and will hear nothing."""
+    proxy.swallow()
+    await sender.group_send("room", LARGE)
+    rows = port_of(layer).hub.rows.connection
+    assert rows is not None
+    async with asyncio.timeout(DEADLINE):
+        while rows.free:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def test_a_stored_message_is_fetched_again_where_the_connection_broke_meanwhile(
+    parted: tuple[PostgresChannelLayer, str], make_layer: MakeLayer, proxy: TCPProxy
+) -> None:
+    layer, channel = parted
+    await lose_answer(layer, proxy, make_layer(using="default"))
+    await asyncio.to_thread(proxy.end_swallowing, reset=True)
+    assert await take(layer, channel) == LARGE
+    assert layer.stats["broken"] == 0
+
+
+async def test_a_stored_message_that_cannot_be_fetched_is_a_gap_in_its_place(
+    parted: tuple[PostgresChannelLayer, str], make_layer: MakeLayer, proxy: TCPProxy
+) -> None:
+    layer, channel = parted
+    sender = make_layer(using="default")
+    await sender.group_send("room", {"type": "before"})
+    await lose_answer(layer, proxy, sender)
+    await sender.group_send("room", {"type": "after"})
+    await asyncio.to_thread(proxy.close, reset=True)
+    assert await take(layer, channel) == {"type": "before"}
+    assert is_gap(await take(layer, channel), "could not be fetched")
+    assert await take(layer, channel) == {"type": "after"}
 
 
 @pytest.mark.parametrize("value", ["board.*", b"x", 7, None, {"a": 1}, [7], [None, "x"]])

@@ -16,6 +16,7 @@ from django.db import connections
 
 from django_pgnotify.exceptions import PgNotifyError, PublishError
 from django_pgnotify.layers import PostgresChannelLayer
+from django_pgnotify.layers import rows as rows_module
 from tests.integration.test_layer import (
     DEADLINE,
     Message,
@@ -144,20 +145,62 @@ async def test_what_has_expired_is_neither_received_nor_counted(
     assert await take(layer, "work") == {"type": "new"}
 
 
-async def test_expired_rows_are_pruned_by_whoever_writes_some_at_a_time(
+EXPIRED = (
+    "insert into pgnotify_layer_message (layer, channel, body, expires_at)"
+    " select 'gone', 'gone', '', now() - interval '1 s' from generate_series(1, 2500)"
+)
+
+
+async def rows_are(raw: psycopg.AsyncConnection[Any], count: int) -> None:
+    """Return once there are so many messages."""
+    async with asyncio.timeout(DEADLINE):
+        while await rows_in(raw) != count:
+            pass
+
+
+async def test_all_that_has_expired_is_pruned_by_whoever_writes(
     layer: PostgresChannelLayer, raw: psycopg.AsyncConnection[Any]
 ) -> None:
-    await raw.execute(
-        "insert into pgnotify_layer_message (layer, channel, body, expires_at)"
-        " select 'gone', 'gone', '', now() - interval '1 s' from generate_series(1, 2500)"
-    )
-    left = [2500]
-    while left[-1]:
-        port_of(layer).hub.rows._prune_due = 0.0
+    """However much there is: what is written faster than it is removed would grow without end."""
+    await raw.execute(EXPIRED)
+    await layer.send("work", {"type": "x"})
+    await rows_are(raw, 1)
+    assert await take(layer, "work") == {"type": "x"}
+
+
+async def test_what_expires_is_pruned_though_nothing_else_is_written(
+    make_layer: MakeLayer, raw: psycopg.AsyncConnection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "_PRUNE_EVERY", 0.3)
+    layer = make_layer(expiry=0.2)
+    for _ in range(2):
         await layer.send("work", {"type": "x"})
-        await take(layer, "work")
-        left.append(await rows_in(raw))
-    assert left == [2500, 1500, 500, 0]
+        await rows_are(raw, 0)
+        async with asyncio.timeout(DEADLINE):
+            while port_of(layer).hub.rows._alarm is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+
+async def test_what_cannot_be_pruned_fails_no_sender(
+    layer: PostgresChannelLayer, raw: psycopg.AsyncConnection[Any]
+) -> None:
+    """He would send again what has been stored."""
+    await raw.execute(EXPIRED)
+    await raw.execute(
+        "create function refuse() returns trigger as"
+        " $$ begin raise 'not these'; end $$ language plpgsql"
+    )
+    await raw.execute(
+        "create trigger refuse before delete on pgnotify_layer_message"
+        " for each row when (old.layer = 'gone') execute function refuse()"
+    )
+    try:
+        with lines_of("django_pgnotify.layers") as lines:
+            await layer.send("work", {"type": "x"})
+            await lines.wait_for("could not be removed, and wait: not these")
+        assert await take(layer, "work") == {"type": "x"}
+    finally:
+        await raw.execute("drop function refuse cascade")
 
 
 async def test_a_large_message_survives(layer: PostgresChannelLayer) -> None:
@@ -255,6 +298,25 @@ async def test_the_membership_of_a_normal_channel_expires(
     await layer.group_send("room", {"type": "x"})
     assert await take(layer, "work") == {"type": "x"}
     assert await rows_in(raw, "member") == 1
+
+
+async def test_a_membership_that_has_expired_costs_nobody_who_sends_to_groups_anything(
+    make_layer: MakeLayer, raw: psycopg.AsyncConnection[Any]
+) -> None:
+    """Nobody may come to prune it for days."""
+    layer = make_layer()
+    channel = await member(layer, "room")
+    await raw.execute(
+        "insert into pgnotify_layer_member (layer, group_name, channel, expires_at)"
+        " values ('gone', 'room', 'jobs', now() - interval '1 s')"
+    )
+    await layer.group_send("room", {"type": "x"})
+    assert await take(layer, channel) == {"type": "x"}
+    assert port_of(layer).hub.rows.connection is None, "no rows have been looked for"
+    await layer.group_add("room", "jobs")
+    async with asyncio.timeout(DEADLINE):
+        while await rows_in(raw, "member") != 1:  # whoever joins prunes
+            pass
 
 
 async def test_a_flush_takes_rows_and_members_of_this_layer_only(

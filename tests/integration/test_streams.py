@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib.auth.models import User
+from django.core.management import call_command
+from django.db import connections
 from django.http import HttpResponse, StreamingHttpResponse
 from django.test import RequestFactory
 from pytest_django import Settings
@@ -21,6 +26,7 @@ from django_pgnotify.exceptions import InvalidArgument, InvalidTemplate, Invalid
 from django_pgnotify.listening.background import background_listener, stop_all
 from django_pgnotify.streams import Subscriber, event_stream
 from django_pgnotify.streams.hub import stream_stats
+from example_project.embedded import EmbeddedPostgres
 from tests.integration.durable import LEDGER, write
 from tests.integration.recording import (
     aterminate,
@@ -29,6 +35,7 @@ from tests.integration.recording import (
     dsn,
 )
 from tests.integration.streaming import DEADLINE, is_id, respond, watching
+from tests.proxy import TCPProxy
 from tests.testapp.models import Order, Shipment
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -476,6 +483,88 @@ async def test_an_id_of_another_server_is_a_gap(monkeypatch: pytest.MonkeyPatch)
         [gap] = await again.blocks(1)
         assert gap.event == "gap"
         assert "server" in gap.data["cause"]
+
+
+async def test_a_promoted_server_ends_the_streams_though_no_transaction_id_looks_wrong(
+    start_server: Callable[..., EmbeddedPostgres],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Settings,
+) -> None:
+    """A copy that lacks the last transactions goes on, and gives their ids to others."""
+    settings.PGNOTIFY_RECONNECT_MAX_DELAY = 0.2
+    server = await asyncio.to_thread(start_server)
+    copy = tmp_path / "copy"
+    with TCPProxy(server.host, server.port) as proxy:
+        # For threads that have yet to connect, as those of streams are.
+        where = {"HOST": proxy.host, "PORT": str(proxy.port), "NAME": "postgres"}
+        entry = {**connections["default"].settings_dict, **where, "USER": "postgres"}
+        monkeypatch.setitem(connections.settings, "default", {**entry, "PASSWORD": ""})
+        await asyncio.to_thread(migrate)
+        await asyncio.to_thread(copy_of, server, copy)
+        view = event_stream(LEDGER)
+        async with watching(view) as browser:
+            await log(server, range(3))
+            assert await browser.data(3) == [0, 1, 2]
+            await asyncio.to_thread(proxy.close)
+            await asyncio.to_thread(promote, server, copy)
+            await log(server, range(10, 20))
+            await asyncio.to_thread(proxy.open)
+            assert await browser.rest() == []
+        async with watching(view, last_id=browser.last_id) as again:
+            [gap] = await again.blocks(1)
+            assert gap.event == "gap"
+            assert "promoted" in gap.data["cause"]
+            await log(server, ["after"])
+            assert await again.data(1) == ["after"]
+        await asyncio.to_thread(stop_all)
+
+
+def migrate() -> None:
+    call_command("migrate", "django_pgnotify", verbosity=0)
+    connections.close_all()  # those of this thread
+
+
+def copy_of(server: EmbeddedPostgres, folder: Path) -> None:
+    server.stop()
+    subprocess.run(["cp", "-a", server.data_dir, folder], check=True)
+    server.start()
+
+
+def promote(server: EmbeddedPostgres, copy: Path) -> None:
+    """Have the copy take the place of the server, on a timeline of its own."""
+    server.stop("immediate")
+    shutil.rmtree(server.data_dir)
+    subprocess.run(["cp", "-a", copy, server.data_dir], check=True)
+    (server.data_dir / "recovery.signal").touch()
+    server.options |= {"restore_command": "false", "hot_standby": "off"}
+    server.start()
+
+
+async def log(server: EmbeddedPostgres, data: Iterable[Any]) -> None:
+    """Write events to the log of a server, in a transaction each, and wake who waits for them."""
+    async with client(server.url()) as other:
+        for one in data:
+            await other.execute(
+                "INSERT INTO pgnotify_event_log (topic, source, body) VALUES ('ledger', 'x', %s)",
+                [json.dumps({"data": one})],
+            )
+        await other.execute("NOTIFY ledger, 'wake'")
+
+
+async def test_a_listener_that_lost_its_server_has_the_log_make_sure_whose_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behind a pooler, the connection that reads the log may outlive the server."""
+    from django_pgnotify.durable.epoch import Epoch
+    from django_pgnotify.streams import tail
+
+    async with watching(event_stream(LEDGER)) as browser, client() as other:
+        await apublish(LEDGER, 1)
+        assert await browser.data(1) == [1]
+        monkeypatch.setattr(tail, "current_epoch", lambda using: Epoch("1", "2", "3"))
+        await aterminate(other, background_listener("default").backend_pid)
+        assert await browser.rest() == []
 
 
 async def test_a_stream_of_durable_and_live_topics_resumes_the_ones_and_tells_of_the_others() -> (

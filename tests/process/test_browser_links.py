@@ -149,6 +149,37 @@ def test_a_websocket_hears_its_groups_again_after_its_server_was_restarted(
     assert len(page.of("refused")) == 1, "what was refused is not asked for again"
 
 
+def test_a_page_knows_from_when_on_it_misses_nothing_of_a_group(page: Page, site: Site) -> None:
+    group_send = async_to_sync(get_channel_layer().group_send)
+    page.open("Socket", "/ws/", "groups: ['room.1']")
+    page.state("live")
+    assert page.count("subscribed", 1) == [["room.1"]]
+    page.run("link.subscribe('room.2'); link.subscribe('other')")
+    assert page.count("subscribed", 2)[1:] == [["room.2"]]
+    group_send("room.2", {"type": "x", "n": 2})
+    assert page.count("message", 1) == [{"type": "x", "n": 2}]
+    assert page.count("refused", 1) == [{"groups": ["other"], "reason": "not permitted"}]
+    page.run("link.subscribe(7)")
+    assert "error" in page.count("message", 2)[1], "not for a group of those that it has"
+    assert page.run("return link.state") == "live"
+    page.run("link.unsubscribe(7)")
+    site.stop()
+    page.state("waiting")
+    site.start()
+    assert sorted(page.count("subscribed", 3)[2]) == ["room.1", "room.2"]
+
+
+def test_a_websocket_that_asks_for_more_groups_than_it_may_is_refused(page: Page) -> None:
+    """And does not wait for ever for what will not come."""
+    page.open("Socket", "/ws/", "groups: Array.from({length: 101}, (_, n) => `room.${n}`)")
+    page.state("refused")
+    [refused] = page.of("refused")
+    assert len(refused["groups"]) == 101
+    assert "at most 100" in refused["reason"]
+    assert page.of("state") == ["connecting", "refused"]
+    assert page.of("message") == page.of("open") == []
+
+
 def test_a_gap_of_the_layer_reaches_the_page(page: Page) -> None:
     page.open("Socket", "/ws/", "groups: ['room.1']")
     page.state("live")

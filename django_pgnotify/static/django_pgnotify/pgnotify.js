@@ -292,6 +292,11 @@ class SocketLink extends Link {
         this.tell("onRefused", { groups: message.refused, reason: message.reason });
       }
       if (message.subscribed || !this.groups.size) this.confirmed();
+      if (message.subscribed) this.tell("onSubscribed", message.subscribed);
+    } else if (this.state !== "live" && message.error && !("type" in message)) {
+      // What we asked for cannot be had, nor will it be when we ask again.
+      this.tell("onRefused", { groups: [...this.groups], reason: message.error });
+      this.end("refused");
     } else if (message.type === "pgnotify.gap") {
       this.tell("onGap", message);
     } else if (!("pong" in message) && !message.unsubscribed) {
@@ -306,7 +311,7 @@ class SocketLink extends Link {
     return true;
   }
 
-  /** Join a group, now and after every reconnect. */
+  /** Join a group, now and after every reconnect; `onSubscribed` is told once it is joined. */
   subscribe(name) {
     this.groups.add(name);
     this.send({ subscribe: name });
@@ -347,9 +352,10 @@ class SocketLink extends Link {
 
 /**
  * Hear a `SubscriptionConsumer`. `onMessage` gets what was sent to a group: `{type, event}` of
- * `forward()`. Options beside the callbacks: `groups`, `pingEvery` (ms, 30000), `pongWithin` (ms,
- * 10000), `firstPause`, `longestPause` (ms). The link has `subscribe(group)`,
- * `unsubscribe(group)` and `send(object)`, too.
+ * `forward()`. `onSubscribed(groups)` is called whenever groups have been joined, so after a
+ * reconnect too: every later message of theirs will come. Options beside the callbacks: `groups`,
+ * `pingEvery` (ms, 30000), `pongWithin` (ms, 10000), `firstPause`, `longestPause` (ms). The link
+ * has `subscribe(group)`, `unsubscribe(group)` and `send(object)`, too.
  */
 export function connectSocket(url, options = {}) {
   return new SocketLink(url, options);

@@ -31,6 +31,7 @@ PAGE = """<!doctype html>
     onOpen: (first) => note(link, "open", first),
     onState: (state) => note(link, "state", state),
     onRefused: (refused) => note(link, "refused", refused),
+    onSubscribed: (groups) => note(link, "subscribed", groups),
     firstPause: 50, longestPause: 500,
   });
   function note(link, kind, value) {
