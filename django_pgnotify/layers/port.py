@@ -7,8 +7,9 @@ import logging
 import secrets
 import time
 import zlib
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -29,7 +30,7 @@ class Port:
 
     Args:
         options: those of the layer.
-        before_join: awaited before a channel joins a group at another process's wish.
+        before_join: awaited before a channel joins a group.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Port:
         self._direct = options.wire_of(self.local.token)
         self._shards = [options.wire_of(number) for number in range(options.shards)]
         self._used_shards: set[str] = set()
+        self._awaited_shards: Counter[str] = Counter()
         self.attached = False
         """Whether the hub knows that we want to hear."""
         self._incoming: deque[tuple[int, str, Any]] = deque()
@@ -74,6 +76,23 @@ class Port:
     def hears(self) -> bool:
         """Whether whatever is sent to our channels arrives."""
         return self._direct in self.hub.heard
+
+    @contextmanager
+    def _awaiting(self, name: str) -> Iterator[None]:
+        """Keep the shard of what is about to be heard, and cannot be seen to need it yet."""
+        shard = self.shard(name)
+        self._awaited_shards[shard] += 1
+        try:
+            yield
+        finally:
+            self._awaited_shards[shard] -= 1
+
+    async def join(self, group: str, channel: str) -> None:
+        """Have a channel of ours join, once whatever is sent to the group arrives."""
+        with self._awaiting(group):
+            await self.listen(group)
+            await self._before_join()
+            self.local.join(group, channel)
 
     def attach(self) -> None:
         """Begin to listen, where need be, without waiting for it."""
@@ -187,7 +206,8 @@ class Port:
         self.local.sweep(now)
         # And leave the shards in which nobody is a member any more.
         used = {self.shard(name) for name in (*self.local.groups, *self.shared)}
-        if used < self._used_shards and not self._adding and self.attached:
+        used.update(+self._awaited_shards)
+        if used < self._used_shards and self.attached:
             self._used_shards = used
             self._want()
 
@@ -239,10 +259,8 @@ class Port:
             return
 
         async def join() -> None:
-            await self.listen(group)
-            await self._before_join()
+            await self.join(group, channel)
             self._adding.pop((group, channel), None)
-            self.local.join(group, channel)
             there = self._options.wire_of(token).encode()
             await self.hub.out.send(self, there, wire.ADDED, nonce, b"")
 
@@ -307,15 +325,16 @@ class Port:
         )
 
     async def receive_shared(self, channel: str) -> dict[str, Any]:
-        await self.listen(channel)
-        shared = self.shared.get(channel)
-        if shared is None:
-            shared = self.shared[channel] = SharedChannel(
-                *(self._base, channel),
-                rows=lambda: self.hub.rows,
-                wake=self.wake_up(channel),
-                on_idle=lambda: self._forget_idle(channel),
-            )
+        with self._awaiting(channel):
+            await self.listen(channel)
+            shared = self.shared.get(channel)
+            if shared is None:
+                shared = self.shared[channel] = SharedChannel(
+                    *(self._base, channel),
+                    rows=lambda: self.hub.rows,
+                    wake=self.wake_up(channel),
+                    on_idle=lambda: self._forget_idle(channel),
+                )
         try:
             while True:
                 body = await shared.get()

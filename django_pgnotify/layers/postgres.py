@@ -201,9 +201,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         elif "!" not in channel:
             await port.join_shared(group, channel)
         elif port.local.is_ours(channel):
-            await port.listen(group)
-            await self._feed_listening()
-            port.local.join(group, channel)
+            await port.join(group, channel)
         else:
             await port.ask_to_join(group, channel)
 
