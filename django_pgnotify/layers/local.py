@@ -23,11 +23,16 @@ TOKEN_LENGTH = 16
 
 
 class Group:
-    """Members' mailboxes, and when they joined (monotonic); ``oldest`` is no later than any."""
+    """Members' mailboxes, and when they joined (monotonic); ``oldest`` is no later than any.
 
-    __slots__ = ("boxes", "members", "oldest")
+    Args:
+        wants_gaps: whether its members are told of gaps.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("boxes", "members", "oldest", "wants_gaps")
+
+    def __init__(self, wants_gaps: bool) -> None:
+        self.wants_gaps = wants_gaps
         self.boxes: dict[str, Mailbox] = {}
         self.members: dict[str, float] = {}
         self.oldest = time.monotonic()
@@ -70,7 +75,7 @@ class Local:
             self._stats.add("expired", expired)
             return box.put(message)
         self._stats.add("dropped")
-        if box.groups and not box.overflowed and self.wants_gaps(channel):
+        if box.gap_groups and not box.overflowed:
             # Once, in the place of all that is refused until something is read.
             box.overflowed = True
             self._tell(box, gap_message(None, None, "capacity"))
@@ -110,7 +115,7 @@ class Local:
                 if box.missed:
                     missed, box.missed = box.missed, 0
                     self._stats.add("expired", missed)
-                    if box.groups and self.wants_gaps(channel):
+                    if box.gap_groups:
                         box.put_back((time.monotonic() + self._options.expiry, body))
                         return gap_message(None, None, "expiry")
                 if isinstance(body, dict):
@@ -171,10 +176,11 @@ class Local:
     def join(self, name: str, channel: str) -> None:
         group = self.groups.get(name)
         if group is None:
-            group = self.groups[name] = Group()
+            group = self.groups[name] = Group(self._wants_gaps(name))
         if channel not in group.members:
             box = group.boxes[channel] = self._box(channel)
             box.groups += 1
+            box.gap_groups += group.wants_gaps
         group.members[channel] = time.monotonic()
 
     def leave(self, name: str, channel: str) -> None:
@@ -183,6 +189,7 @@ class Local:
             return
         box = group.boxes.pop(channel)
         box.groups -= 1
+        box.gap_groups -= group.wants_gaps
         if box.abandoned:
             del self.boxes[channel]
         if not group.members:
@@ -215,7 +222,7 @@ class Local:
         for channel, box in list(self.boxes.items()):
             if expired := box.expire(now):
                 self._stats.add("expired", expired)
-                if box.groups and self.wants_gaps(channel):
+                if box.gap_groups:
                     self._tell(box, gap_message(None, None, "expiry"), first=True)
             if box.abandoned:
                 del self.boxes[channel]
@@ -233,19 +240,17 @@ class Local:
 
     def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
         """Tell the members of groups that they may have missed messages, if they want to know."""
-        for channel, box in list(self.boxes.items()):
-            if box.groups and self.wants_gaps(channel):
-                self._tell(box, gap_message(since, until, cause))
+        message = gap_message(since, until, cause)
+        for box in list(self.boxes.values()):
+            if box.gap_groups:
+                self._tell(box, message)
 
-    def wants_gaps(self, channel: str) -> bool:
+    def _wants_gaps(self, name: str) -> bool:
+        """Whether the members of the group are told of gaps."""
         wanted = self._options.gap_messages
         if isinstance(wanted, bool):
             return wanted
-        return any(
-            channel in group.members
-            and any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
-            for name, group in self.groups.items()
-        )
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
 
 
 def gap_message(since: datetime | None, until: datetime | None, cause: str) -> dict[str, Any]:

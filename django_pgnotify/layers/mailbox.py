@@ -20,8 +20,8 @@ class Mailbox:
     """
 
     __slots__ = (
-        *("_capacity", "_waiters", "channel", "groups", "messages", "missed", "overflowed"),
-        "readers",
+        *("_capacity", "_waiters", "channel", "gap_groups", "groups", "messages", "missed"),
+        *("overflowed", "readers"),
     )
 
     def __init__(self, capacity: int, channel: str = "") -> None:
@@ -30,6 +30,8 @@ class Mailbox:
         """How many receive; kept by its owner."""
         self.groups = 0
         """How many groups the channel is in; kept by its owner."""
+        self.gap_groups = 0
+        """How many of them have it told of gaps; kept by its owner."""
         self.missed = 0
         """Messages that expired when a reader came for them; reset by the owner."""
         self.overflowed = False

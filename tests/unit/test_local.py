@@ -1,0 +1,131 @@
+"""What a layer has on one loop, without a wire: who is told of what, and what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from django_pgnotify.layers import local as local_module
+from django_pgnotify.layers import mailbox as mailbox_module
+from django_pgnotify.layers.codec import Codec
+from django_pgnotify.layers.local import Local
+from django_pgnotify.layers.options import Options
+from django_pgnotify.stats import Stats
+
+DEADLINE = 10.0
+CODEC = Codec()
+
+
+class Clock:
+    """Stands in for ``time``, and moves when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    stand_in = SimpleNamespace(monotonic=clock.monotonic)
+    for module in (mailbox_module, local_module):
+        monkeypatch.setattr(module, "time", stand_in)
+    return clock
+
+
+def local(**options: Any) -> Local:
+    return Local(
+        Options(
+            **{
+                "prefix": "p",
+                "channel_prefix": "",
+                "expiry": 60,
+                "group_expiry": 1000,
+                "capacity_of": lambda name: 3,
+                "shards": 8,
+                "gap_messages": True,
+                "crypt": None,
+                "stats": Stats(),
+                **options,
+            }
+        ),
+        CODEC,
+    )
+
+
+def member(of: Local, *groups: str) -> str:
+    channel = of.new_channel("x.")
+    for group in groups:
+        of.join(group, channel)
+    return channel
+
+
+def tell(of: Local, group: str, now: float, *numbers: int) -> None:
+    """Hand these messages to a group."""
+    for number in numbers:
+        of.deliver(group, CODEC.message({"type": "x", "n": number}), now)
+
+
+async def take(of: Local, channel: str) -> Any:
+    """The number of the next message; the cause, where it is a gap."""
+    async with asyncio.timeout(DEADLINE):
+        message = await of.receive(channel)
+    return message["cause"] if message["type"] == "pgnotify.gap" else message["n"]
+
+
+def waits(of: Local, channel: str) -> int:
+    """How many messages wait for a channel."""
+    return len(of.boxes[channel].messages)
+
+
+# -- gaps -------------------------------------------------------------------------------------
+
+
+def test_a_group_is_matched_once_however_many_gaps_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For each gap and member it would be the square of the members, while the loop stands."""
+    matched: list[str] = []
+
+    def match(name: str, pattern: str) -> bool:
+        matched.append(name)
+        return fnmatch.fnmatchcase(name, pattern)
+
+    monkeypatch.setattr(local_module, "fnmatch", SimpleNamespace(fnmatchcase=match))
+    ours = local(gap_messages=("board.*",))
+    told = [member(ours, f"board.{number}", "chat") for number in range(50)]
+    other = member(ours, "chat")
+    for _ in range(10):
+        ours.note_gap(None, datetime.now(UTC), "x")
+    assert [waits(ours, channel) for channel in told] == [10] * 50
+    assert waits(ours, other) == 0
+    assert len(matched) == len(ours.groups)
+
+
+def test_who_is_told_of_gaps_follows_joins_and_leaves() -> None:
+    ours = local(gap_messages=("board.*",))
+    channel = member(ours, "board.1", "board.1", "board.2", "chat")
+
+    def told() -> bool:
+        before = waits(ours, channel)
+        ours.note_gap(None, datetime.now(UTC), "x")
+        return waits(ours, channel) > before
+
+    assert told()
+    ours.leave("board.1", channel)
+    ours.leave("board.1", channel)
+    assert told()
+    ours.leave("board.2", channel)
+    assert not told()
+    ours.join("board.1", channel)
+    assert told()
+    ours.forget()
+    ours.join("chat", channel)
+    assert not told()
