@@ -72,8 +72,9 @@ class Local:
         if box.put(message):
             return True
         if expired := box.expire(now):
-            self._stats.add("expired", expired)
-            return box.put(message)
+            box.missed += expired  # whoever reads next is told
+            if box.put(message):
+                return True
         self._stats.add("dropped")
         if box.gap_groups and not box.overflowed:
             # Once, in the place of all that is refused until something is read.
@@ -81,10 +82,16 @@ class Local:
             self._tell(box, gap_message(None, None, "capacity"))
         return False
 
-    def _tell(self, box: Mailbox, message: dict[str, Any], *, first: bool = False) -> None:
+    def _tell(self, box: Mailbox, message: dict[str, Any]) -> None:
         """Put in a message of our own, whether there is room or not."""
-        entry = (time.monotonic() + self._options.expiry, message)
-        (box.put_back if first else box.force)(entry)
+        box.force((time.monotonic() + self._options.expiry, message))
+
+    def _note_missed(self, box: Mailbox) -> bool:
+        """Count what expired unread; returns whether the consumer is told of it."""
+        missed, box.missed = box.missed, 0
+        if missed:
+            self._stats.add("expired", missed)
+        return missed > 0 and box.gap_groups > 0
 
     def _box(self, channel: str) -> Mailbox:
         box = self.boxes.get(channel)
@@ -110,14 +117,12 @@ class Local:
                         box.pass_on(waiter)
                         raise
                 body = box.pop()
+                if box.missed and self._note_missed(box):
+                    if body is not None:
+                        box.put_back((time.monotonic() + self._options.expiry, body))
+                    return gap_message(None, None, "expiry")
                 if body is None:
                     continue
-                if box.missed:
-                    missed, box.missed = box.missed, 0
-                    self._stats.add("expired", missed)
-                    if box.gap_groups:
-                        box.put_back((time.monotonic() + self._options.expiry, body))
-                        return gap_message(None, None, "expiry")
                 if isinstance(body, dict):
                     return body.copy()
                 try:
@@ -213,6 +218,7 @@ class Local:
                 self.leave(name, channel)
         for channel, box in list(self.boxes.items()):
             box.messages.clear()
+            box.missed = 0
             if box.abandoned:
                 del self.boxes[channel]
 
@@ -220,10 +226,11 @@ class Local:
         """Forget what has expired, and channels that nobody needs."""
         self.sweep_due = now + self._options.expiry
         for channel, box in list(self.boxes.items()):
-            if expired := box.expire(now):
-                self._stats.add("expired", expired)
-                if box.gap_groups:
-                    self._tell(box, gap_message(None, None, "expiry"), first=True)
+            box.missed += box.expire(now)
+            # Where something is left to be read, receive() tells: a message in front of it would
+            # keep it from expiring.
+            if not box.messages and self._note_missed(box):
+                self._tell(box, gap_message(None, None, "expiry"))
             if box.abandoned:
                 del self.boxes[channel]
         for name, group in list(self.groups.items()):

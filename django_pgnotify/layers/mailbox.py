@@ -33,7 +33,7 @@ class Mailbox:
         self.gap_groups = 0
         """How many of them have it told of gaps; kept by its owner."""
         self.missed = 0
-        """Messages that expired when a reader came for them; reset by the owner."""
+        """Messages that expired unread, of which its owner has told nobody yet; reset by it."""
         self.overflowed = False
         """Whether the last thing put in says that others were refused."""
         self.messages: deque[tuple[float, Body]] = deque()

@@ -129,3 +129,75 @@ def test_who_is_told_of_gaps_follows_joins_and_leaves() -> None:
     ours.forget()
     ours.join("chat", channel)
     assert not told()
+
+
+async def test_what_expires_in_a_full_mailbox_is_a_gap_before_what_comes_next(clock: Clock) -> None:
+    """The gap that waited there, of what had been refused, has expired as well."""
+    ours = local()
+    slow = member(ours, "room")
+    tell(ours, "room", clock.now, 1, 2, 3, 4, 5)
+    assert ours._stats["dropped"] == 2
+    clock.now += 60
+    tell(ours, "room", clock.now, 6, 7)
+    assert [await take(ours, slow) for _ in range(3)] == ["expiry", 6, 7]
+    assert waits(ours, slow) == 0
+
+
+async def test_a_mailbox_that_takes_one_message_has_room_for_it_beside_a_gap(clock: Clock) -> None:
+    ours = local(capacity_of=lambda name: 1)
+    slow = member(ours, "room")
+    tell(ours, "room", clock.now, 1)
+    clock.now += 60
+    tell(ours, "room", clock.now, 2)
+    assert [await take(ours, slow) for _ in range(2)] == ["expiry", 2]
+    assert (ours._stats["expired"], ours._stats["dropped"]) == (1, 0)
+
+
+async def test_a_mailbox_that_stays_full_keeps_its_newest_messages_and_is_told_once(
+    clock: Clock,
+) -> None:
+    ours = local()
+    slow = member(ours, "room")
+    for number in range(20):
+        tell(ours, "room", clock.now, number)
+        if number == 10:
+            ours.sweep(clock.now)
+        clock.now += 20
+    assert ours._stats["dropped"] == 0
+    assert [await take(ours, slow) for _ in range(3)] == ["expiry", 18, 19]
+    assert waits(ours, slow) == 0
+
+
+async def test_what_finds_no_room_though_some_expired_is_refused_and_told(clock: Clock) -> None:
+    """Gaps need no room, so there may be more in it than it takes."""
+    ours = local(capacity_of=lambda name: 1)
+    slow = member(ours, "room")
+    tell(ours, "room", clock.now, 1)
+    clock.now += 30
+    ours.note_gap(None, datetime.now(UTC), "connection")
+    clock.now += 30
+    tell(ours, "room", clock.now, 2)
+    assert ours._stats["dropped"] == 1
+    assert [await take(ours, slow) for _ in range(3)] == ["expiry", "connection", "capacity"]
+
+
+async def test_a_consumer_whose_messages_have_all_expired_is_told_when_it_comes(
+    clock: Clock,
+) -> None:
+    """And not only with the next message, which may be long in coming."""
+    ours = local()
+    slow = member(ours, "room")
+    tell(ours, "room", clock.now, 1)
+    clock.now += 60
+    assert await take(ours, slow) == "expiry"
+    assert ours._stats["expired"] == 1
+
+
+async def test_what_expires_is_no_gap_where_none_are_wanted(clock: Clock) -> None:
+    ours = local(gap_messages=("board.*",))
+    slow = member(ours, "room")
+    tell(ours, "room", clock.now, 1, 2, 3)
+    clock.now += 60
+    tell(ours, "room", clock.now, 4)
+    assert await take(ours, slow) == 4
+    assert ours._stats["expired"] == 3
