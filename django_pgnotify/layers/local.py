@@ -23,7 +23,9 @@ TOKEN_LENGTH = 16
 
 
 class Group:
-    """Members' mailboxes, and when they joined (monotonic); ``oldest`` is no later than any.
+    """Members' mailboxes, and when they joined or were last seen to read (monotonic).
+
+    ``oldest`` is no later than any of these.
 
     Args:
         wants_gaps: whether its members are told of gaps.
@@ -76,11 +78,14 @@ class Local:
             if box.put(message):
                 return True
         self._stats.add("dropped")
-        if box.gap_groups and not box.overflowed:
-            # Once, in the place of all that is refused until something is read.
-            box.overflowed = True
-            self._tell(box, gap_message(None, None, "capacity"))
+        self._tell_once(box, "capacity")
         return False
+
+    def _tell_once(self, box: Mailbox, cause: str) -> None:
+        """Put in a gap in the place of all that is missed until something is put in or read."""
+        if box.gap_groups and not (box.overflowed and box.messages):
+            box.overflowed = True
+            self._tell(box, gap_message(None, None, cause))
 
     def _tell(self, box: Mailbox, message: dict[str, Any]) -> None:
         """Put in a message of our own, whether there is room or not."""
@@ -131,6 +136,7 @@ class Local:
                     self.note_broken()
         finally:
             box.readers -= 1
+            box.read_at = time.monotonic()
             if not box.groups and box.abandoned and self.boxes.get(channel) is box:
                 del self.boxes[channel]
 
@@ -143,6 +149,7 @@ class Local:
                 if filled:
                     first = min(filled, key=Mailbox.first_expires)
                     body = first.pop()
+                    first.read_at = time.monotonic()
                     if body is not None:
                         try:
                             return body.copy() if isinstance(body, dict) else unpack(body)
@@ -239,7 +246,15 @@ class Local:
 
     def _expire_members(self, name: str, group: Group, now: float) -> None:
         for channel, joined in list(group.members.items()):
-            if now - joined > self._options.group_expiry:
+            box = group.boxes[channel]
+            # Whoever reads is there, and must not go deaf: only what nobody reads is left over.
+            read = box.readers or _head(channel) in self._for_all
+            renewed = now if read else max(joined, box.read_at)
+            group.members[channel] = renewed
+            if now - renewed > self._options.group_expiry:
+                self._stats.add("lapsed")
+                if group.wants_gaps:
+                    self._tell_once(box, "group_expiry")
                 self.leave(name, channel)
         group.oldest = min(group.members.values(), default=now)
 

@@ -49,7 +49,8 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             while listening, and ``PGNOTIFY_DATABASE`` for rows and where nobody listens.
         prefix: several layers on one database need different ones.
         expiry: seconds after which a message that nobody read is dropped.
-        group_expiry: seconds after which a membership that was not renewed ends.
+        group_expiry: seconds after which a membership ends that was not renewed, and whose channel
+            nobody read.
         capacity: messages that may wait for one channel.
         channel_capacity: capacities by channel name pattern, as in Channels.
         shards: wire channels that groups are spread over. A process listens to those of its own

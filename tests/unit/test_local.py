@@ -201,3 +201,86 @@ async def test_what_expires_is_no_gap_where_none_are_wanted(clock: Clock) -> Non
     tell(ours, "room", clock.now, 4)
     assert await take(ours, slow) == 4
     assert ours._stats["expired"] == 3
+
+
+# -- memberships ------------------------------------------------------------------------------
+
+
+async def waiting(of: Local, channel: str) -> asyncio.Task[Any]:
+    """A task that receives, returned once it waits."""
+    task = asyncio.create_task(of.receive(channel), name="receive")
+    await asyncio.sleep(0)
+    assert not task.done()
+    return task
+
+
+async def soon(task: asyncio.Task[Any]) -> Any:
+    async with asyncio.timeout(DEADLINE):
+        return await task
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Have a task end, and return once it has."""
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_whoever_reads_stays_in_its_groups_for_as_long_as_it_does(clock: Clock) -> None:
+    """A websocket may be open for days."""
+    ours = local(group_expiry=1000)
+    channel, of_any = member(ours, "room"), member(ours, "room")
+    task = await waiting(ours, channel)
+    any_of_it = await waiting(ours, of_any.partition("!")[0] + "!")
+    for step in (1001, 999, 5000):
+        clock.now += step
+        ours.sweep(clock.now)
+    tell(ours, "room", clock.now, 1)
+    assert (await soon(task))["n"] == 1
+    assert (await soon(any_of_it))["n"] == 1
+    assert ours._stats["lapsed"] == 0
+
+
+async def test_a_consumer_that_handles_a_message_at_the_moment_stays_in_its_groups(
+    clock: Clock,
+) -> None:
+    ours = local(group_expiry=1000)
+    channel = member(ours, "room")
+    task = await waiting(ours, channel)
+    clock.now += 900
+    tell(ours, "room", clock.now, 1)
+    await soon(task)
+    clock.now += 200
+    tell(ours, "room", clock.now, 2)
+    assert await take(ours, channel) == 2
+
+
+@pytest.mark.parametrize("swept", [True, False])
+async def test_a_channel_that_nobody_reads_any_more_leaves_its_groups_and_is_told(
+    clock: Clock, swept: bool
+) -> None:
+    ours = local(group_expiry=1000)
+    channel = member(ours, "room", "lobby")
+    await ended(await waiting(ours, channel))
+    clock.now += 1001
+    if swept:
+        ours.sweep(clock.now)
+    else:
+        tell(ours, "room", clock.now, 1)
+        tell(ours, "lobby", clock.now, 1)
+    assert not ours.groups
+    assert ours._stats["lapsed"] == 2
+    assert waits(ours, channel) == 1
+    assert await take(ours, channel) == "group_expiry"
+    assert not ours.boxes
+
+
+async def test_what_a_channel_is_told_that_nobody_reads_any_more_does_not_stay_for_ever(
+    clock: Clock,
+) -> None:
+    ours = local(group_expiry=1000)
+    member(ours, "room")
+    clock.now += 1001
+    ours.sweep(clock.now)
+    clock.now += 60
+    ours.sweep(clock.now)
+    assert not ours.boxes
