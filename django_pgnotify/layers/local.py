@@ -13,13 +13,11 @@ from typing import Any
 
 from .codec import Codec, unpack
 from .mailbox import Body, Mailbox
-from .options import Options
+from .options import TOKEN_LENGTH, Options
 
 logger = logging.getLogger("django_pgnotify.layers")
 
 GAP_TYPE = "pgnotify.gap"
-
-TOKEN_LENGTH = 16
 
 
 class Group:

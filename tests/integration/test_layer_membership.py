@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 from django.db import connections
 
+from django_pgnotify.exceptions import ListenError
 from django_pgnotify.layers import PostgresChannelLayer
+from django_pgnotify.layers import elsewhere as elsewhere_module
 from tests.integration.test_layer import (
     DEADLINE,
+    fence,
     lines_of,
+    member,
+    passed,
     port_of,
     stop_layers,
     take,
@@ -145,3 +150,127 @@ async def test_whoever_is_heard_first_after_a_reconnect_does_not_sweep_away_what
             assert port.shard(name) in port.hub.heard
             await elsewhere.send(name, {"type": "x"})
             assert await second == {"type": "x"}
+
+
+# -- members elsewhere ------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _patience(settings: Any) -> None:
+    """Another process may take its time to connect again, and to answer."""
+    settings.PGNOTIFY_HEARTBEAT_TIMEOUT = 3 * DEADLINE
+
+
+@pytest.fixture
+async def cut_off(
+    make_layer: MakeLayer, proxied: str, proxy: TCPProxy
+) -> tuple[PostgresChannelLayer, str]:
+    """A layer that is cut off until the test opens the proxy, and a channel of it in the lobby.
+
+    It stands for another process.
+    """
+    layer = make_layer(using=proxied)
+    channel = await member(layer, "lobby")
+    with lines_of("django_pgnotify.listening") as lines:
+        proxy.close()
+        await lines.wait_for("not established")
+    return layer, channel
+
+
+async def asked(layer: PostgresChannelLayer, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that asks another process, returned once the server has told whoever listens."""
+    task = await begun(call, "asking")
+    await passed(layer)
+    return task
+
+
+async def answered(task: asyncio.Task[None]) -> None:
+    async with asyncio.timeout(4 * DEADLINE):
+        await task
+
+
+async def test_a_channel_whose_process_was_cut_off_when_it_was_asked_is_added(
+    make_layer: MakeLayer, cut_off: tuple[PostgresChannelLayer, str], proxy: TCPProxy
+) -> None:
+    ours, (theirs, channel) = make_layer(), cut_off
+    adding = await asked(ours, ours.group_add("room", channel))
+    await asyncio.to_thread(proxy.open)
+    await answered(adding)
+    await ours.group_send("room", {"type": "x"})
+    assert await take(theirs, channel) == {"type": "x"}
+
+
+async def test_a_channel_whose_process_was_cut_off_when_it_was_asked_is_discarded(
+    make_layer: MakeLayer, cut_off: tuple[PostgresChannelLayer, str], proxy: TCPProxy
+) -> None:
+    ours, (theirs, channel) = make_layer(), cut_off
+    discarding = await asked(ours, ours.group_discard("lobby", channel))
+    await asyncio.to_thread(proxy.open)
+    await answered(discarding)
+    await ours.group_send("lobby", {"type": "x"})
+    await fence(theirs, channel, ours)
+
+
+@pytest.mark.parametrize("last", ["add", "discard"])
+async def test_what_is_asked_last_of_a_process_that_is_cut_off_counts(
+    make_layer: MakeLayer, cut_off: tuple[PostgresChannelLayer, str], proxy: TCPProxy, last: str
+) -> None:
+    ours, (theirs, channel) = make_layer(), cut_off
+    calls = [ours.group_discard, ours.group_add]
+    if last == "discard":
+        calls.reverse()
+    first, second = [await asked(ours, call("room", channel)) for call in calls]
+    await answered(first)  # or it would be asked again behind the second
+    assert not second.done()
+    await asyncio.to_thread(proxy.open)
+    await answered(second)
+    await ours.group_send("room", {"type": "x"})
+    if last == "add":
+        assert await take(theirs, channel) == {"type": "x"}
+    await fence(theirs, channel, ours)
+
+
+async def test_a_request_that_is_repeated_is_one_join_and_a_discard_ends_it(
+    make_layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere_module, "ASK_AGAIN", 0.02)
+    ours, theirs = make_layer(), make_layer()
+    feed = theirs.feed = SlowFeed()
+    channel = await theirs.new_channel()
+    joining = port_of(theirs).elsewhere._joining
+    adding = await begun(ours.group_add("room", channel), "adding")
+    async with asyncio.timeout(DEADLINE):
+        while theirs.stats["received"] < 3:
+            assert not adding.done()
+            await asyncio.sleep(0.01)
+    [requests] = joining.values()
+    assert len(requests) == 1
+    await ours.group_discard("room", channel)
+    await answered(adding)
+    feed.heard.set()
+    await ours.group_send("room", {"type": "x"})
+    await fence(theirs, channel, ours)
+    assert not joining
+
+
+class FailingFeed(SlowFeed):
+    """What hears for the members of a process, the second time it is asked."""
+
+    async def listening(self) -> None:
+        if not self.heard.is_set():
+            self.heard.set()
+            raise ListenError("not yet")
+
+
+async def test_a_join_that_fails_in_the_other_process_is_tried_again_and_leaves_nothing(
+    make_layer: MakeLayer,
+) -> None:
+    ours, theirs = make_layer(), make_layer()
+    theirs.feed = FailingFeed()
+    channel = await theirs.new_channel()
+    await ours.group_add("room", channel)
+    await ours.group_send("room", {"type": "x"})
+    assert await take(theirs, channel) == {"type": "x"}
+    assert not port_of(theirs).elsewhere._joining
+    assert not port_of(ours).elsewhere._asking
+    assert not port_of(ours).elsewhere._answers
