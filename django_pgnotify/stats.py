@@ -14,7 +14,8 @@ class Stats:
     Names in use: ``published``, ``frames``, ``stored``, ``publish_failed``, ``sender_waited`` on
     the publishing side; ``received``, ``foreign``, ``broken``, ``handled``, ``failed``,
     ``retried``, ``coalesced``, ``dropped``, ``gaps`` on the listening side; ``streams``,
-    ``shown``, ``refused`` of streams to browsers; ``sent``, ``expired`` of the channel layer.
+    ``shown``, ``refused`` of streams to browsers; ``sent``, ``expired``, ``lapsed`` of
+    the channel layer.
     """
 
     def __init__(self) -> None:

@@ -25,10 +25,11 @@ import msgpack
 from ..exceptions import InvalidArgument, PgNotifyError
 from ..wire import PAYLOAD_LIMIT
 
-GROUP, DIRECT, ADD, ADDED, DISCARD, FLUSH, WAKE = range(7)
+GROUP, DIRECT, ADD, DONE, DISCARD, FLUSH, WAKE = range(7)
 """Kinds of entries: a message to a group, or to a channel (the body is the message, or the number
-of the row that holds it); have a channel (the body) join a group, it has joined (the name is a
-nonce), have it leave; forget everything; there is a row for a normal channel."""
+of the row that holds it); have a channel join a group (the body is the channel, a nonce, and the
+token of who asks), that is done (the name is the nonce), have it leave, likewise; forget all; there
+is a row for a normal channel."""
 
 _LIMIT = PAYLOAD_LIMIT - 1 - 14
 """Bytes for entries: less the letter, and the array's head and number, of two bytes a byte."""
@@ -172,7 +173,7 @@ _BODIES: dict[int, tuple[type, ...]] = {
     GROUP: (bytes, int),
     DIRECT: (bytes, int),
     ADD: (str,),
-    ADDED: (bytes,),
+    DONE: (bytes,),
     DISCARD: (str,),
     FLUSH: (bytes,),
     WAKE: (bytes,),

@@ -13,21 +13,26 @@ from typing import Any
 
 from .codec import Codec, unpack
 from .mailbox import Body, Mailbox
-from .options import Options
+from .options import TOKEN_LENGTH, Options
 
 logger = logging.getLogger("django_pgnotify.layers")
 
 GAP_TYPE = "pgnotify.gap"
 
-TOKEN_LENGTH = 16
-
 
 class Group:
-    """Members' mailboxes, and when they joined (monotonic); ``oldest`` is no later than any."""
+    """Members' mailboxes, and when they joined or were last seen to read (monotonic).
 
-    __slots__ = ("boxes", "members", "oldest")
+    ``oldest`` is no later than any of these.
 
-    def __init__(self) -> None:
+    Args:
+        wants_gaps: whether its members are told of gaps.
+    """
+
+    __slots__ = ("boxes", "members", "oldest", "wants_gaps")
+
+    def __init__(self, wants_gaps: bool) -> None:
+        self.wants_gaps = wants_gaps
         self.boxes: dict[str, Mailbox] = {}
         self.members: dict[str, float] = {}
         self.oldest = time.monotonic()
@@ -67,19 +72,29 @@ class Local:
         if box.put(message):
             return True
         if expired := box.expire(now):
-            self._stats.add("expired", expired)
-            return box.put(message)
+            box.missed += expired  # whoever reads next is told
+            if box.put(message):
+                return True
         self._stats.add("dropped")
-        if box.groups and not box.overflowed and self.wants_gaps(channel):
-            # Once, in the place of all that is refused until something is read.
-            box.overflowed = True
-            self._tell(box, gap_message(None, None, "capacity"))
+        self._tell_once(box, "capacity")
         return False
 
-    def _tell(self, box: Mailbox, message: dict[str, Any], *, first: bool = False) -> None:
+    def _tell_once(self, box: Mailbox, cause: str) -> None:
+        """Put in a gap in the place of all that is missed until something is put in or read."""
+        if box.gap_groups and not (box.overflowed and box.messages):
+            box.overflowed = True
+            self._tell(box, gap_message(None, None, cause))
+
+    def _tell(self, box: Mailbox, message: dict[str, Any]) -> None:
         """Put in a message of our own, whether there is room or not."""
-        entry = (time.monotonic() + self._options.expiry, message)
-        (box.put_back if first else box.force)(entry)
+        box.force((time.monotonic() + self._options.expiry, message))
+
+    def _note_missed(self, box: Mailbox) -> bool:
+        """Count what expired unread; returns whether the consumer is told of it."""
+        missed, box.missed = box.missed, 0
+        if missed:
+            self._stats.add("expired", missed)
+        return missed > 0 and box.gap_groups > 0
 
     def _box(self, channel: str) -> Mailbox:
         box = self.boxes.get(channel)
@@ -105,14 +120,12 @@ class Local:
                         box.pass_on(waiter)
                         raise
                 body = box.pop()
+                if box.missed and self._note_missed(box):
+                    if body is not None:
+                        box.put_back((time.monotonic() + self._options.expiry, body))
+                    return gap_message(None, None, "expiry")
                 if body is None:
                     continue
-                if box.missed:
-                    missed, box.missed = box.missed, 0
-                    self._stats.add("expired", missed)
-                    if box.groups and self.wants_gaps(channel):
-                        box.put_back((time.monotonic() + self._options.expiry, body))
-                        return gap_message(None, None, "expiry")
                 if isinstance(body, dict):
                     return body.copy()
                 try:
@@ -121,6 +134,7 @@ class Local:
                     self.note_broken()
         finally:
             box.readers -= 1
+            box.read_at = time.monotonic()
             if not box.groups and box.abandoned and self.boxes.get(channel) is box:
                 del self.boxes[channel]
 
@@ -133,6 +147,7 @@ class Local:
                 if filled:
                     first = min(filled, key=Mailbox.first_expires)
                     body = first.pop()
+                    first.read_at = time.monotonic()
                     if body is not None:
                         try:
                             return body.copy() if isinstance(body, dict) else unpack(body)
@@ -171,10 +186,11 @@ class Local:
     def join(self, name: str, channel: str) -> None:
         group = self.groups.get(name)
         if group is None:
-            group = self.groups[name] = Group()
+            group = self.groups[name] = Group(self._wants_gaps(name))
         if channel not in group.members:
             box = group.boxes[channel] = self._box(channel)
             box.groups += 1
+            box.gap_groups += group.wants_gaps
         group.members[channel] = time.monotonic()
 
     def leave(self, name: str, channel: str) -> None:
@@ -183,6 +199,7 @@ class Local:
             return
         box = group.boxes.pop(channel)
         box.groups -= 1
+        box.gap_groups -= group.wants_gaps
         if box.abandoned:
             del self.boxes[channel]
         if not group.members:
@@ -206,6 +223,7 @@ class Local:
                 self.leave(name, channel)
         for channel, box in list(self.boxes.items()):
             box.messages.clear()
+            box.missed = 0
             if box.abandoned:
                 del self.boxes[channel]
 
@@ -213,10 +231,11 @@ class Local:
         """Forget what has expired, and channels that nobody needs."""
         self.sweep_due = now + self._options.expiry
         for channel, box in list(self.boxes.items()):
-            if expired := box.expire(now):
-                self._stats.add("expired", expired)
-                if box.groups and self.wants_gaps(channel):
-                    self._tell(box, gap_message(None, None, "expiry"), first=True)
+            box.missed += box.expire(now)
+            # Where something is left to be read, receive() tells: a message in front of it would
+            # keep it from expiring.
+            if not box.messages and self._note_missed(box):
+                self._tell(box, gap_message(None, None, "expiry"))
             if box.abandoned:
                 del self.boxes[channel]
         for name, group in list(self.groups.items()):
@@ -225,7 +244,15 @@ class Local:
 
     def _expire_members(self, name: str, group: Group, now: float) -> None:
         for channel, joined in list(group.members.items()):
-            if now - joined > self._options.group_expiry:
+            box = group.boxes[channel]
+            # Whoever reads is there, and must not go deaf: only what nobody reads is left over.
+            read = box.readers or _head(channel) in self._for_all
+            renewed = now if read else max(joined, box.read_at)
+            group.members[channel] = renewed
+            if now - renewed > self._options.group_expiry:
+                self._stats.add("lapsed")
+                if group.wants_gaps:
+                    self._tell_once(box, "group_expiry")
                 self.leave(name, channel)
         group.oldest = min(group.members.values(), default=now)
 
@@ -233,26 +260,24 @@ class Local:
 
     def note_gap(self, since: datetime | None, until: datetime, cause: str) -> None:
         """Tell the members of groups that they may have missed messages, if they want to know."""
-        for channel, box in list(self.boxes.items()):
-            if box.groups and self.wants_gaps(channel):
-                self._tell(box, gap_message(since, until, cause))
+        message = gap_message(since, until, cause)
+        for box in list(self.boxes.values()):
+            if box.gap_groups:
+                self._tell(box, message)
 
     def note_missed(self, name: str, cause: str) -> None:
         """Tell the members of a group that they missed a message of it, if they want to know."""
         group = self.groups.get(name)
-        for channel, box in () if group is None else group.boxes.items():
-            if self.wants_gaps(channel):
+        for box in () if group is None else group.boxes.values():
+            if box.gap_groups:
                 self._tell(box, gap_message(None, None, cause))
 
-    def wants_gaps(self, channel: str) -> bool:
+    def _wants_gaps(self, name: str) -> bool:
+        """Whether the members of the group are told of gaps."""
         wanted = self._options.gap_messages
         if isinstance(wanted, bool):
             return wanted
-        return any(
-            channel in group.members
-            and any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
-            for name, group in self.groups.items()
-        )
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
 
 
 def gap_message(since: datetime | None, until: datetime | None, cause: str) -> dict[str, Any]:

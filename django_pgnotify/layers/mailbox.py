@@ -20,20 +20,24 @@ class Mailbox:
     """
 
     __slots__ = (
-        *("_capacity", "_waiters", "channel", "groups", "messages", "missed", "overflowed"),
-        "readers",
+        *("_capacity", "_waiters", "channel", "gap_groups", "groups", "messages", "missed"),
+        *("overflowed", "read_at", "readers"),
     )
 
     def __init__(self, capacity: int, channel: str = "") -> None:
         self.channel = channel
         self.readers = 0
         """How many receive; kept by its owner."""
+        self.read_at = 0.0
+        """When somebody last stopped to receive (monotonic); kept by its owner."""
         self.groups = 0
         """How many groups the channel is in; kept by its owner."""
+        self.gap_groups = 0
+        """How many of them have it told of gaps; kept by its owner."""
         self.missed = 0
-        """Messages that expired when a reader came for them; reset by the owner."""
+        """Messages that expired unread, of which its owner has told nobody yet; reset by it."""
         self.overflowed = False
-        """Whether the last thing put in says that others were refused."""
+        """Whether the last thing put in says that others were missed."""
         self.messages: deque[tuple[float, Body]] = deque()
         """What waits, each with the moment when it expires (monotonic)."""
         self._capacity = capacity

@@ -9,6 +9,9 @@ from ..stats import Stats
 from ..wire import wire_channel
 from .codec import Crypt
 
+TOKEN_LENGTH = 16
+"""Characters of what the names of the channels of one loop contain: hexadecimal digits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -36,6 +39,13 @@ class Options:
         """The wire channel of a shard, or of a process by its token."""
         # The part comes before the prefix, which may look like anything.
         return wire_channel(f"pgnotify.layer-{part}.{self.prefix}", self.channel_prefix)
+
+    def wire_of_owner(self, channel: str) -> bytes | None:
+        """The wire channel of the process whose channel this is; None if no process has such."""
+        token = channel.partition("!")[0][-TOKEN_LENGTH:]
+        if len(token) < TOKEN_LENGTH or not set(token) <= set("0123456789abcdef"):
+            return None
+        return self.wire_of(token).encode()
 
 
 def patterns_of(gap_messages: bool | Iterable[str]) -> bool | tuple[str, ...]:

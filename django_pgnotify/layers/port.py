@@ -7,17 +7,18 @@ import logging
 import secrets
 import time
 import zlib
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from ..conf import conf
 from ..exceptions import PgNotifyError
 from . import codec as wire
 from .codec import unpack
+from .elsewhere import Elsewhere
 from .hub import Hub
-from .local import TOKEN_LENGTH, Local
+from .local import Local
 from .options import Options
 from .shared import SharedChannel
 
@@ -29,7 +30,7 @@ class Port:
 
     Args:
         options: those of the layer.
-        before_join: awaited before a channel joins a group at another process's wish.
+        before_join: awaited before a channel joins a group.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class Port:
         self._direct = options.wire_of(self.local.token)
         self._shards = [options.wire_of(number) for number in range(options.shards)]
         self._used_shards: set[str] = set()
+        self._awaited_shards: Counter[str] = Counter()
         self.attached = False
         """Whether the hub knows that we want to hear."""
         self._incoming: deque[tuple[int, str, Any]] = deque()
         self._fetching: asyncio.Task[None] | None = None
         self._flushed: deque[str] = deque(maxlen=100)
-        self._adding: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._answers: dict[str, asyncio.Future[None]] = {}
+        self.elsewhere = Elsewhere(self, options)
+        """The members of groups that are channels of others."""
 
     # -- hearing --------------------------------------------------------------------------------
 
@@ -74,6 +76,23 @@ class Port:
     def hears(self) -> bool:
         """Whether whatever is sent to our channels arrives."""
         return self._direct in self.hub.heard
+
+    @contextmanager
+    def _awaiting(self, name: str) -> Iterator[None]:
+        """Keep the shard of what is about to be heard, and cannot be seen to need it yet."""
+        shard = self.shard(name)
+        self._awaited_shards[shard] += 1
+        try:
+            yield
+        finally:
+            self._awaited_shards[shard] -= 1
+
+    async def join(self, group: str, channel: str) -> None:
+        """Have a channel of ours join, once whatever is sent to the group arrives."""
+        with self._awaiting(group):
+            await self.listen(group)
+            await self._before_join()
+            self.local.join(group, channel)
 
     def attach(self) -> None:
         """Begin to listen, where need be, without waiting for it."""
@@ -163,16 +182,10 @@ class Port:
             if name not in self._flushed:
                 self._flushed.append(name)
                 local.forget()
-        elif kind == wire.ADD:
-            self._asked_to_join(name, body)
-        elif kind == wire.DISCARD:
-            if adding := self._adding.pop((name, body), None):
-                adding.cancel()
-            local.leave(name, body)
-        elif kind == wire.ADDED:
-            waiter = self._answers.get(name)
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
+        elif kind in (wire.ADD, wire.DISCARD):
+            self.elsewhere.asked(kind, name, body)
+        elif kind == wire.DONE:
+            self.elsewhere.answered(name)
 
     # -- channels -------------------------------------------------------------------------------
 
@@ -194,7 +207,8 @@ class Port:
         self.local.sweep(now)
         # And leave the shards in which nobody is a member any more.
         used = {self.shard(name) for name in (*self.local.groups, *self.shared)}
-        if used < self._used_shards and not self._adding and self.attached:
+        used.update(+self._awaited_shards)
+        if used < self._used_shards and self.attached:
             self._used_shards = used
             self._want()
 
@@ -210,64 +224,6 @@ class Port:
             shared.wake()
         self.local.note_gap(since, until, cause)
 
-    # -- members of other processes -------------------------------------------------------------
-
-    async def ask_to_join(self, group: str, channel: str) -> None:
-        """Have the process of a channel add it to a group; return once it has done so."""
-        there = self._owner_of(channel)
-        if there is None:
-            return  # it is no channel that new_channel() made
-        await self.listen()
-        nonce = secrets.token_hex(8)
-        answer = self._answers[nonce] = self.loop.create_future()
-        try:
-            body = f"{channel} {nonce} {self.local.token}"
-            await self.hub.out.send(self, there, wire.ADD, group, body)
-            async with asyncio.timeout(conf.HEARTBEAT_TIMEOUT):
-                await answer
-        except TimeoutError:
-            logger.warning("The process of channel %r does not answer; it may have ended", channel)
-        finally:
-            del self._answers[nonce]
-
-    def tell_to_leave(self, group: str, channel: str) -> asyncio.Future[None] | None:
-        """Have the process of a channel discard it from a group."""
-        there = self._owner_of(channel)
-        if there is None:
-            return None
-        return self.hub.out.send(self, there, wire.DISCARD, group, channel)
-
-    def _asked_to_join(self, group: str, request: str) -> None:
-        channel, _, sender = request.partition(" ")
-        nonce, _, token = sender.partition(" ")
-        if not self.local.is_ours(channel):
-            if not token:
-                self.local.note_broken()
-            return
-
-        async def join() -> None:
-            await self.listen(group)
-            await self._before_join()
-            self._adding.pop((group, channel), None)
-            self.local.join(group, channel)
-            there = self._options.wire_of(token).encode()
-            await self.hub.out.send(self, there, wire.ADDED, nonce, b"")
-
-        task = self.loop.create_task(join(), name="pgnotify-layer-join")
-        self._adding[group, channel] = task
-        task.add_done_callback(self._joined)
-
-    def _joined(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("A channel could not be added to a group: %s", error)
-
-    def _owner_of(self, channel: str) -> bytes | None:
-        """The wire channel of the process whose channel this is."""
-        token = channel.partition("!")[0][-TOKEN_LENGTH:]
-        if len(token) < TOKEN_LENGTH or not set(token) <= set("0123456789abcdef"):
-            return None
-        return self._options.wire_of(token).encode()
-
     # -- out ------------------------------------------------------------------------------------
 
     def tell_group(self, group: str, body: bytes) -> asyncio.Future[None]:
@@ -275,7 +231,7 @@ class Port:
 
     async def tell_channel(self, channel: str, body: bytes) -> None:
         """Send to a channel of another loop or process."""
-        there = self._owner_of(channel)
+        there = self._options.wire_of_owner(channel)
         if there is not None:
             await self.hub.out.send(self, there, wire.DIRECT, channel, body)
 
@@ -314,15 +270,16 @@ class Port:
         )
 
     async def receive_shared(self, channel: str) -> dict[str, Any]:
-        await self.listen(channel)
-        shared = self.shared.get(channel)
-        if shared is None:
-            shared = self.shared[channel] = SharedChannel(
-                *(self._base, channel),
-                rows=lambda: self.hub.rows,
-                wake=self.wake_up(channel),
-                on_idle=lambda: self._forget_idle(channel),
-            )
+        with self._awaiting(channel):
+            await self.listen(channel)
+            shared = self.shared.get(channel)
+            if shared is None:
+                shared = self.shared[channel] = SharedChannel(
+                    *(self._base, channel),
+                    rows=lambda: self.hub.rows,
+                    wake=self.wake_up(channel),
+                    on_idle=lambda: self._forget_idle(channel),
+                )
         try:
             while True:
                 body = await shared.get()

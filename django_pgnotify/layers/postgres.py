@@ -18,11 +18,10 @@ from ..exceptions import InvalidArgument, PgNotifyError
 from ..publishing.sender import check_alias
 from ..stats import Stats
 from . import loops
-from .codec import Codec, crypt_of
+from .codec import ADD, DISCARD, Codec, crypt_of
 from .feed import DirectFeed
-from .local import TOKEN_LENGTH
 from .loops import hub_of, is_passing, run_on
-from .options import Options, patterns_of
+from .options import TOKEN_LENGTH, Options, patterns_of
 from .port import Port
 
 Message = dict[str, Any]
@@ -50,7 +49,8 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             while listening, and ``PGNOTIFY_DATABASE`` for rows and where nobody listens.
         prefix: several layers on one database need different ones.
         expiry: seconds after which a message that nobody read is dropped.
-        group_expiry: seconds after which a membership that was not renewed ends.
+        group_expiry: seconds after which a membership ends that was not renewed, and whose channel
+            nobody read.
         capacity: messages that may wait for one channel.
         channel_capacity: capacities by channel name pattern, as in Channels.
         shards: wire channels that groups are spread over. A process listens to those of its own
@@ -193,7 +193,11 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         return await owner.local.receive(channel)
 
     async def group_add(self, group: str, channel: str) -> None:
-        """Join; every message that is sent to the group after this returns will arrive."""
+        """Join; every message that is sent to the group after this returns will arrive.
+
+        A channel of another process is added there. One that does not answer within
+        ``PGNOTIFY_HEARTBEAT_TIMEOUT`` has ended, or is cut off: that is logged, and no error.
+        """
         self._check_group(group)
         self._check_channel(channel)
         port = self._port()
@@ -202,14 +206,15 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         elif "!" not in channel:
             await port.join_shared(group, channel)
         elif port.local.is_ours(channel):
-            await port.listen(group)
-            await self._feed_listening()
-            port.local.join(group, channel)
+            await port.join(group, channel)
         else:
-            await port.ask_to_join(group, channel)
+            await port.elsewhere.ask(ADD, group, channel)
 
     async def group_discard(self, group: str, channel: str) -> None:
-        """Leave; not to be a member is no error."""
+        """Leave; not to be a member is no error.
+
+        A channel of another process is discarded there, as :meth:`group_add` adds it.
+        """
         self._check_group(group)
         self._check_channel(channel)
         port = self._port()
@@ -219,8 +224,8 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
             await port.leave_shared(group, channel)
         elif port.local.is_ours(channel):
             port.local.leave(group, channel)
-        elif (told := port.tell_to_leave(group, channel)) is not None:
-            await told
+        else:
+            await port.elsewhere.ask(DISCARD, group, channel)
 
     async def group_send(self, group: str, message: Message) -> None:
         """Send to every channel in a group with one NOTIFY. Full channels miss it, and are counted.

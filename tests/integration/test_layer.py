@@ -507,6 +507,21 @@ async def test_a_membership_that_was_not_renewed_ends(
     await fence(layer, forgotten)
 
 
+async def test_a_membership_does_not_end_while_somebody_reads(
+    make_layer: MakeLayer, clock: SimpleNamespace
+) -> None:
+    layer = make_layer()
+    reader = await member(layer, "room")
+    task = asyncio.create_task(layer.receive(reader), name="receive")
+    await asyncio.sleep(0)
+    for _ in range(3):
+        clock.now += 86_401
+        await layer.new_channel()  # which sweeps
+    await layer.group_send("room", {"type": "hello"})
+    async with asyncio.timeout(DEADLINE):
+        assert await task == {"type": "hello"}
+
+
 # -- names -------------------------------------------------------------------------------------
 
 
