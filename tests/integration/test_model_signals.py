@@ -29,7 +29,7 @@ from django.test.utils import CaptureQueriesContext, isolate_apps
 from pytest_django import Settings
 
 from django_pgnotify import Event, no_notify, notify_changes
-from django_pgnotify.publishing import changes, model_signals
+from django_pgnotify.publishing import changes, handlers
 from django_pgnotify.registry import registry
 from django_pgnotify.stats import publishing_stats
 from tests.integration.hearing import Ear, hearing, statements
@@ -798,7 +798,7 @@ def test_no_notify_holds_in_its_thread_and_in_no_other(ear: Ear) -> None:
 def test_a_row_on_another_engine_is_saved_and_its_silence_is_logged_once(
     ear: Ear, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_signals, "_unsupported", set())
+    monkeypatch.setattr(handlers, "_unsupported", set())
     with caplog.at_level(logging.ERROR, "django_pgnotify.publishing"):
         for _ in range(3):
             Order.objects.using("lite").create()
