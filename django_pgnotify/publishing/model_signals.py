@@ -26,6 +26,7 @@ logger = logging.getLogger("django_pgnotify.publishing")
 M = TypeVar("M", bound=type[Model])
 
 _UID = "django_pgnotify"
+_HISTORICAL = "__fake__"  # where Django's migrations say that their models are defined
 
 _abstract: dict[type[Model], dict[str, Any]] = {}
 _inherited: set[str] = set()
@@ -201,6 +202,8 @@ def _connect_through(model: type[Model], through: type[Model]) -> None:
 
 def _prepared(sender: type[Model], **kwargs: Any) -> None:
     """A model class was defined: it may be a child or a proxy of one that publishes."""
+    if sender.__module__ == _HISTORICAL:
+        return  # the rows are not yet those of today's model, nor need there be an event log yet
     if not sender._meta.abstract and not sender._meta.proxy:
         for base in sender.__mro__[1:]:
             if base in _abstract and model_label(sender) not in registry.publications:

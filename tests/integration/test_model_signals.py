@@ -19,16 +19,19 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.apps import apps
 from django.contrib.auth.models import User
 from django.contrib.sessions.models import Session
 from django.core.files.base import ContentFile
 from django.core.management import call_command
 from django.db import DatabaseError, connection, models, transaction
+from django.db.migrations.state import ProjectState
 from django.db.models import F
 from django.test.utils import CaptureQueriesContext, isolate_apps
 from pytest_django import Settings
 
 from django_pgnotify import Event, no_notify, notify_changes
+from django_pgnotify.models import LoggedEvent
 from django_pgnotify.publishing import changes, handlers
 from django_pgnotify.registry import registry
 from django_pgnotify.stats import publishing_stats
@@ -703,6 +706,29 @@ def test_fixtures_are_published_where_the_setting_says_so(
     settings.PGNOTIFY_PUBLISH_RAW = True
     call_command("loaddata", str(fixture_file), verbosity=0)
     assert ("testapp.order", "created", 77) in short(ear.events())
+
+
+# -- migrations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delivery", ["after_commit", "atomic", "durable"])
+def test_a_data_migration_publishes_nothing_and_writes_nothing_to_the_event_log(
+    settings: Settings, ear: Ear, delivery: str
+) -> None:
+    """The log may be the work of a migration that is still to come."""
+    settings.PGNOTIFY_DELIVERY = delivery
+    historical: Any = ProjectState.from_apps(apps).apps
+    model = historical.get_model("testapp", "Order")
+    assert model is not Order
+    order = model.objects.create(status="new")
+    order.status = "paid"
+    order.save()
+    order.delete()
+    article = historical.get_model("testapp", "Article").objects.create(title="a")
+    article.tags.create(name="t")
+    historical.get_model("testapp", "Sportscar").objects.create(name="a", seats=2)
+    assert ear.frames() == []
+    assert LoggedEvent.objects.count() == 0
 
 
 # -- no_notify -------------------------------------------------------------------------------
