@@ -89,11 +89,13 @@ def m2m_changed(
         for field in publication.model._meta.local_many_to_many:
             if field.remote_field.through is not sender:
                 continue
-            if not reverse:
-                if when == "post" and (pk_set or operation == "clear"):
-                    related = _in_order(map(changes.plain, pk_set or ()))
-                    _emit_m2m(publication, field.name, operation, instance.pk, related, using)
+            if not reverse and when == "post" and (pk_set or operation == "clear"):
+                related = _in_order(map(changes.plain, pk_set or ()))
+                _emit_m2m(publication, field.name, operation, instance.pk, related, using)
+            # Of the rows that mirror those of a symmetrical relation Django sends no signal.
+            if not (reverse or field.remote_field.symmetrical):
                 continue
+            others = pk_set or ()
             if operation == "clear":
                 # After the fact nobody can tell which rows it was.
                 cleared = vars(instance._state).setdefault(_CLEARED, {})
@@ -102,11 +104,12 @@ def m2m_changed(
                     rows = sender._base_manager.using(using).filter(**{near: instance.pk})
                     cleared[sender] = set(rows.values_list(far, flat=True))
                 else:
-                    pk_set = cleared.pop(sender, set())
+                    others = cleared.pop(sender, set())
             if when == "post":
-                for pk in _in_order(pk_set or ()):
-                    related = [changes.plain(instance.pk)]
-                    _emit_m2m(publication, field.name, operation, pk, related, using)
+                for pk in _in_order(others):
+                    if reverse or pk != instance.pk:
+                        related = [changes.plain(instance.pk)]
+                        _emit_m2m(publication, field.name, operation, pk, related, using)
 
 
 def _in_order(keys: Iterable[Any]) -> list[Any]:
