@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
+import pickle
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -312,6 +314,45 @@ def test_a_row_refreshed_from_the_database_is_compared_with_what_it_read(ear: Ea
     shipment.refresh_from_db()
     shipment.save()
     assert ear.event().changed in ((), None)
+
+
+def test_what_a_copy_is_saved_as_says_nothing_of_the_row_it_was_copied_from(ear: Ear) -> None:
+    order = Order.objects.create()
+    shipment = Shipment.objects.create(order=order, status="packed")
+    shipment = Shipment.objects.get(pk=shipment.pk)
+    ear.events()
+    clone = copy.copy(shipment)
+    clone.pk, clone.status = None, "sent"
+    clone._state.adding = True
+    clone.save()
+    shipment.status = "sent"
+    shipment.save()
+    clone.status = "packed"
+    clone.save()
+    created, updated, again = ear.events()
+    assert (created.action, created.changed) == ("created", None)
+    assert (updated.pk, updated.changed) == (shipment.pk, ("status",))
+    assert (again.pk, again.changed) == (clone.pk, ("status",))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda row: pickle.loads(pickle.dumps(row))],
+    ids=["copy", "deepcopy", "pickle"],
+)  # fmt: skip
+def test_a_copy_knows_what_its_original_knows_and_no_more(
+    ear: Ear, copied: Callable[[Shipment], Shipment]
+) -> None:
+    order = Order.objects.create()
+    shipment = Shipment.objects.create(order=order, status="packed")
+    with transaction.atomic():
+        shipment.status = "sent"
+        shipment.save()
+    ear.events()
+    twin = copied(shipment)
+    twin.save()  # it may have been rolled back
+    twin.status = "lost"
+    copied(twin).save()
+    assert [event.changed for event in ear.events()] == [None, ("status",)]
 
 
 def test_an_expression_is_not_carried_as_a_value_and_not_taken_for_unchanged(ear: Ear) -> None:
