@@ -11,6 +11,8 @@ import logging
 import secrets
 import zlib
 
+from psycopg import errors
+
 from ..wire import wire_channel
 from .connection import ListenConnection
 
@@ -25,8 +27,9 @@ SELECT taken, CASE WHEN taken THEN pg_notify($3, $4) END FROM attempt
 """
 # All, because a session that asks twice holds the lock twice.
 _LET_GO = b"SELECT pg_advisory_unlock_all(), pg_notify($1, '')"
+# CASE, because AND goes on past NULL, which the silence of another role's session is.
 _END_SILENT_HOLDER = b"""
-SELECT pid, silence, silence > $3::float8 AND pg_terminate_backend(pid)
+SELECT pid, silence, CASE WHEN silence > $3::float8 THEN pg_terminate_backend(pid) END
 FROM (
     SELECT a.pid, extract(epoch FROM clock_timestamp() - a.state_change) AS silence
     FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
@@ -76,11 +79,16 @@ class LeaderLock:
     ) -> float | None:
         """Seconds since the holder's last sign of life; beyond ``limit`` its session is ended.
 
-        None where there is no holder any more, or where its session is another role's.
+        None where there is no holder any more, or where its session is another role's, which this
+        one may neither see nor end.
         """
-        holders = await connection.execute(
-            _END_SILENT_HOLDER, (*self._key, str(limit)), timeout=timeout
-        )
+        try:
+            holders = await connection.execute(
+                _END_SILENT_HOLDER, (*self._key, str(limit)), timeout=timeout
+            )
+        except errors.InsufficientPrivilege as exc:
+            logger.info("The session of a silent leader is not ours to end: %s", exc)
+            return None
         silence = None
         for pid, seconds, ended in holders:
             if seconds is None:

@@ -146,7 +146,10 @@ def remember(
         written: only these were read or written; None for all of them.
         may_roll_back: a value that differs from the one before is then not known any more.
     """
-    row, loaded = instance.__dict__, _loaded(model, instance)
+    row, state = instance.__dict__, vars(instance._state)
+    # A copy of the instance has the same dictionaries, so they are replaced and never changed.
+    everything: dict[type[Model], dict[str, Any]] = state.get(_LOADED, {})
+    loaded = dict(everything.get(model, ()))
     for name, attname, field in _named_fields(model, names):
         if written is None or _is_written(field, written):
             value = row.get(attname, _UNKNOWN)
@@ -154,13 +157,17 @@ def remember(
                 value = _snapshot(field, value, instance)
             if may_roll_back and (name not in loaded or loaded[name] != value):
                 value = _UNKNOWN
-            loaded[name] = value
+            if value is _UNKNOWN:  # which is another object in a pickle
+                loaded.pop(name, None)
+            else:
+                loaded[name] = value
+    state[_LOADED] = {**everything, model: loaded}
 
 
 def _loaded(model: type[Model], instance: Model) -> dict[str, Any]:
-    everything: dict[type[Model], dict[str, Any]]
-    everything = vars(instance._state).setdefault(_LOADED, {})
-    return everything.setdefault(model, {})
+    """The values that are known, by the name of their field; not to be changed."""
+    everything: dict[type[Model], dict[str, Any]] = vars(instance._state).get(_LOADED, {})
+    return everything.get(model, {})
 
 
 def _is_written(field: Field[Any, Any], written: Collection[str] | None) -> bool:

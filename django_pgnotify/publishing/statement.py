@@ -89,8 +89,12 @@ def _two_answers(pgconn: pq.abc.PGconn) -> PQGen[tuple[pq.abc.PGresult, pq.abc.P
     yield from generators.send(pgconn)
     [first] = yield from generators.fetch_many(pgconn)
     [second] = yield from generators.fetch_many(pgconn)
-    yield from generators.fetch_many(pgconn)  # the end of the pipeline
-    return first, second
+    while True:
+        [end] = yield from generators.fetch_many(pgconn)
+        if end.status == pq.ExecStatus.PIPELINE_SYNC:
+            return first, second
+        # The second transaction commits at the end only: there a full queue is found out.
+        second = end
 
 
 def _error_in(result: pq.abc.PGresult, pgconn: pq.abc.PGconn) -> psycopg.Error | None:
@@ -141,10 +145,11 @@ def _directly(frames: Sequence[Frame], connection: BaseDatabaseWrapper) -> None:
     values = [text.encode() for frame in frames for text in frame]
     with connection.wrap_database_errors, raw.lock:
         pgconn.send_query_params(_query(len(frames)), values)
-        [result] = raw.wait(generators.execute(pgconn))
-        error = _error_in(result, pgconn)
-        if error is not None:
-            raise error
+        # Two, if its commit fails when it has been answered: so it does when the queue is full.
+        for result in raw.wait(generators.execute(pgconn)):
+            error = _error_in(result, pgconn)
+            if error is not None:
+                raise error
 
 
 @cache

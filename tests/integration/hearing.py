@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psycopg
 from django.db import connections
@@ -143,6 +143,38 @@ def before_anything_else(hook: Callable[[], object], using: str = "default") -> 
 def by_hook(using: str = "default") -> AbstractContextManager[None]:
     """Have events leave by the hook behind COMMIT: none rides while somebody wraps statements."""
     return connections[using].execute_wrapper(lambda execute, *args: execute(*args))
+
+
+@contextmanager
+def full_queue(at: Literal["the call", "the commit"], using: str = "default") -> Iterator[None]:
+    """Have NOTIFY fail on the Django connection of this thread, as if the queue were full.
+
+    PostgreSQL finds it full at the commit, when ``pg_notify`` has been answered.
+    """
+    notify = "RAISE 'too many notifications in the NOTIFY queue';"
+    setup = "CREATE SCHEMA full_queue"
+    if at == "the commit":
+        setup += (
+            " CREATE TABLE full_queue.notified ();"
+            f"CREATE FUNCTION full_queue.refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$BEGIN {notify} END$$;"
+            "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON full_queue.notified DEFERRABLE"
+            " INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION full_queue.refuse()"
+        )
+        notify = "INSERT INTO full_queue.notified DEFAULT VALUES;"
+    connection = connections[using]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"{setup}; CREATE FUNCTION full_queue.pg_notify(text, text) RETURNS void"
+            f" LANGUAGE plpgsql AS $$BEGIN {notify} END$$;"
+            "SET search_path = full_queue, pg_catalog, public"
+        )
+    try:
+        yield
+    finally:
+        connection.close()
+        with connection.cursor() as cursor:
+            cursor.execute("DROP SCHEMA full_queue CASCADE")
 
 
 def terminate_own_backend(using: str = "default") -> None:

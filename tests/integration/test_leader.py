@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import secrets
 import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from django.db import connections, transaction
@@ -14,9 +18,11 @@ from django_pgnotify import publish, receiver
 from django_pgnotify.listening.connection import ListenConnection
 from django_pgnotify.listening.leadership import LeaderLock
 from django_pgnotify.listening.listener import Listener
+from django_pgnotify.listening.parameters import connection_params
 from django_pgnotify.registry import registry
 from django_pgnotify.testing import RunningListener, running_listener
 from tests.integration.recording import (
+    DEADLINE,
     Recorder,
     Sink,
     alias_at,
@@ -137,6 +143,108 @@ async def test_a_listener_without_leadership_never_leads() -> None:
         async with running(Listener("default", ["a"], other_sink, leadership="all")):
             await other_sink.until("led")
     assert "led" not in sink.kinds
+
+
+# -- of different roles --------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def role(name: str, *member_of: str) -> AsyncIterator[str]:
+    """An alias for the default test database that a new role of PostgreSQL's logs in through."""
+    password = secrets.token_hex(16)
+    async with client() as other:
+        row = await (
+            await other.execute("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")
+        ).fetchone()
+        if row != (True,):
+            pytest.skip("the user of the test database may not give out PostgreSQL's own roles")
+        await other.execute(f"DROP ROLE IF EXISTS {name}".encode())
+        await other.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'".encode())
+        try:
+            for group in member_of:
+                await other.execute(f"GRANT {group} TO {name}".encode())
+            with alias_at(name, USER=name, PASSWORD=password) as alias:
+                yield alias
+        finally:
+            await other.execute(f"DROP ROLE {name}".encode())
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Awaitable[None]]:
+    """Wait until standbys have looked so many times more how long a leader has been silent."""
+    look, looked = LeaderLock.silence_of_holder, asyncio.Semaphore(0)
+
+    async def counted(self: LeaderLock, *args: Any) -> float | None:
+        silence = await look(self, *args)
+        looked.release()
+        return silence
+
+    async def wait(count: int) -> None:
+        async with asyncio.timeout(DEADLINE):
+            for _ in range(count):
+                await looked.acquire()
+
+    monkeypatch.setattr(LeaderLock, "silence_of_holder", counted)
+    return wait
+
+
+@pytest.mark.parametrize(
+    "member_of", [(), ("pg_signal_backend",), ("pg_read_all_stats",)], ids=repr
+)
+async def test_a_standby_of_another_role_stands_by_and_leaves_a_healthy_leader_alone(
+    member_of: tuple[str, ...], looks: Callable[[int], Awaitable[None]]
+) -> None:
+    first, second = Sink(), Sink()
+    async with role("pgnotify_one") as one, role("pgnotify_two", *member_of) as two:
+        leader = Listener(one, ["a"], first, leadership="all")
+        async with running(leader) as task:
+            await first.until("established")
+            async with running(Listener(two, ["a"], second, leadership="all")):
+                await second.until("established")
+                await looks(3)
+                assert first.kinds == ["led", "established"]
+                assert second.kinds == ["established"]
+                leader.stop()
+                await second.until("led")
+                await task
+
+
+@pytest.mark.parametrize(
+    ("member_of", "ends"),
+    [
+        ((), False),
+        (("pg_signal_backend",), False),
+        (("pg_read_all_stats",), False),
+        (("pg_read_all_stats", "pg_signal_backend"), True),
+        (("pgnotify_one",), True),
+    ],
+    ids=repr,
+)
+async def test_a_silent_leader_is_ended_by_whoever_may_see_and_end_it_and_nobody_fails_to_look(
+    member_of: tuple[str, ...], ends: bool
+) -> None:
+    lock = LeaderLock("all", "")
+    async with role("pgnotify_one") as one, role("pgnotify_two", *member_of) as two:
+        holder = await ListenConnection.open(
+            connection_params(one), timeout=DEADLINE, on_input=lambda: None
+        )
+        standby = await ListenConnection.open(
+            connection_params(two), timeout=DEADLINE, on_input=lambda: None
+        )
+        try:
+            assert await lock.try_take(holder, DEADLINE)
+            # Whatever it has done, it was longer ago than that.
+            await lock.silence_of_holder(standby, -1.0, DEADLINE)
+            if ends:
+                async with asyncio.timeout(DEADLINE):
+                    while not await lock.try_take(standby, DEADLINE):
+                        pass
+            else:
+                assert not await lock.try_take(standby, DEADLINE)
+                assert await holder.execute(b"SELECT 1", timeout=DEADLINE) == [(b"1",)]
+        finally:
+            holder.close()
+            standby.close()
 
 
 # -- with receivers ------------------------------------------------------------------------------

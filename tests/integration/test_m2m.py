@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -316,6 +317,56 @@ def test_a_relation_of_a_model_with_itself_names_the_row_it_was_changed_on(ear: 
             [payload] = raw(ear)
             assert f'"pk":{one.pk}' in payload
             assert f'"operation":"remove","pks":[{other.pk}]' in payload
+
+
+def test_a_symmetrical_relation_is_a_change_of_both_rows(ear: Ear) -> None:
+    with fresh_models():
+
+        @notify_changes(topic="people")
+        class Person(models.Model):
+            friends: Any = models.ManyToManyField("self")
+
+            class Meta:
+                app_label = "testapp"
+
+        def told() -> list[tuple[Any, str, list[Any]]]:
+            return [
+                (event["pk"], event["data"]["operation"], event["data"]["pks"])
+                for payload in raw(ear)
+                for event in json.loads(payload)["events"]
+            ]
+
+        with tables(Person):
+            one, two, three = (Person._default_manager.create() for _ in range(3))
+            ear.frames()
+            one.friends.add(two, three)
+            assert told() == [
+                (one.pk, "add", [two.pk, three.pk]),
+                (two.pk, "add", [one.pk]),
+                (three.pk, "add", [one.pk]),
+            ]
+            two.friends.add(one)
+            assert told() == []
+            three.friends.remove(one)
+            assert told() == [(three.pk, "remove", [one.pk]), (one.pk, "remove", [three.pk])]
+            one.friends.add(one)
+            assert told() == [(one.pk, "add", [one.pk])]
+            two.friends.set([three])
+            assert told() == [
+                (two.pk, "remove", [one.pk]),
+                (one.pk, "remove", [two.pk]),
+                (two.pk, "add", [three.pk]),
+                (three.pk, "add", [two.pk]),
+            ]
+            one.friends.add(two)
+            told()
+            two.friends.clear()
+            [(cleared, *_), *others] = told()
+            assert cleared == two.pk
+            assert others == [(one.pk, "clear", [two.pk]), (three.pk, "clear", [two.pk])]
+            assert list(one.friends.all()) == [one]
+            one.friends.clear()
+            assert [pk for pk, *_ in told()] == [one.pk]
 
 
 def test_only_the_actions_asked_for_are_published(ear: Ear) -> None:

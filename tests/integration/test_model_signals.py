@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
+import pickle
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -19,17 +21,20 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.apps import apps
 from django.contrib.auth.models import User
 from django.contrib.sessions.models import Session
 from django.core.files.base import ContentFile
 from django.core.management import call_command
 from django.db import DatabaseError, connection, models, transaction
+from django.db.migrations.state import ProjectState
 from django.db.models import F
 from django.test.utils import CaptureQueriesContext, isolate_apps
 from pytest_django import Settings
 
 from django_pgnotify import Event, no_notify, notify_changes
-from django_pgnotify.publishing import changes, model_signals
+from django_pgnotify.models import LoggedEvent
+from django_pgnotify.publishing import changes, handlers
 from django_pgnotify.registry import registry
 from django_pgnotify.stats import publishing_stats
 from tests.integration.hearing import Ear, hearing, statements
@@ -309,6 +314,45 @@ def test_a_row_refreshed_from_the_database_is_compared_with_what_it_read(ear: Ea
     shipment.refresh_from_db()
     shipment.save()
     assert ear.event().changed in ((), None)
+
+
+def test_what_a_copy_is_saved_as_says_nothing_of_the_row_it_was_copied_from(ear: Ear) -> None:
+    order = Order.objects.create()
+    shipment = Shipment.objects.create(order=order, status="packed")
+    shipment = Shipment.objects.get(pk=shipment.pk)
+    ear.events()
+    clone = copy.copy(shipment)
+    clone.pk, clone.status = None, "sent"
+    clone._state.adding = True
+    clone.save()
+    shipment.status = "sent"
+    shipment.save()
+    clone.status = "packed"
+    clone.save()
+    created, updated, again = ear.events()
+    assert (created.action, created.changed) == ("created", None)
+    assert (updated.pk, updated.changed) == (shipment.pk, ("status",))
+    assert (again.pk, again.changed) == (clone.pk, ("status",))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda row: pickle.loads(pickle.dumps(row))],
+    ids=["copy", "deepcopy", "pickle"],
+)  # fmt: skip
+def test_a_copy_knows_what_its_original_knows_and_no_more(
+    ear: Ear, copied: Callable[[Shipment], Shipment]
+) -> None:
+    order = Order.objects.create()
+    shipment = Shipment.objects.create(order=order, status="packed")
+    with transaction.atomic():
+        shipment.status = "sent"
+        shipment.save()
+    ear.events()
+    twin = copied(shipment)
+    twin.save()  # it may have been rolled back
+    twin.status = "lost"
+    copied(twin).save()
+    assert [event.changed for event in ear.events()] == [None, ("status",)]
 
 
 def test_an_expression_is_not_carried_as_a_value_and_not_taken_for_unchanged(ear: Ear) -> None:
@@ -705,6 +749,29 @@ def test_fixtures_are_published_where_the_setting_says_so(
     assert ("testapp.order", "created", 77) in short(ear.events())
 
 
+# -- migrations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delivery", ["after_commit", "atomic", "durable"])
+def test_a_data_migration_publishes_nothing_and_writes_nothing_to_the_event_log(
+    settings: Settings, ear: Ear, delivery: str
+) -> None:
+    """The log may be the work of a migration that is still to come."""
+    settings.PGNOTIFY_DELIVERY = delivery
+    historical: Any = ProjectState.from_apps(apps).apps
+    model = historical.get_model("testapp", "Order")
+    assert model is not Order
+    order = model.objects.create(status="new")
+    order.status = "paid"
+    order.save()
+    order.delete()
+    article = historical.get_model("testapp", "Article").objects.create(title="a")
+    article.tags.create(name="t")
+    historical.get_model("testapp", "Sportscar").objects.create(name="a", seats=2)
+    assert ear.frames() == []
+    assert LoggedEvent.objects.count() == 0
+
+
 # -- no_notify -------------------------------------------------------------------------------
 
 
@@ -798,7 +865,7 @@ def test_no_notify_holds_in_its_thread_and_in_no_other(ear: Ear) -> None:
 def test_a_row_on_another_engine_is_saved_and_its_silence_is_logged_once(
     ear: Ear, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_signals, "_unsupported", set())
+    monkeypatch.setattr(handlers, "_unsupported", set())
     with caplog.at_level(logging.ERROR, "django_pgnotify.publishing"):
         for _ in range(3):
             Order.objects.using("lite").create()

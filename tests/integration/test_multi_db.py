@@ -17,7 +17,7 @@ from pytest_django import Settings
 from django_pgnotify import apublish, publish
 from django_pgnotify.exceptions import UnsupportedDatabase
 from django_pgnotify.models import StoredEvent
-from django_pgnotify.publishing import model_signals
+from django_pgnotify.publishing import handlers
 from django_pgnotify.registry import registry
 from django_pgnotify.testing import running_listener
 from tests.integration.hearing import Ear, hearing, statements
@@ -177,7 +177,7 @@ def test_an_alias_without_notify_is_refused_by_name(settings: Settings, alias: s
 def test_a_model_that_publishes_on_a_wrong_alias_is_saved_and_each_such_model_is_reported(
     here: Ear, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_signals, "_unsupported", set())
+    monkeypatch.setattr(handlers, "_unsupported", set())
     with published_on("testapp.order", "nowhere"), published_on("testapp.sku", "nohow"):
         for number in range(3):
             Order.objects.create()

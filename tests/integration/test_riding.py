@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import psycopg
 import pytest
@@ -18,13 +19,18 @@ from django_pgnotify.publishing import riding
 from django_pgnotify.publishing.buffer import FIRST_PORTION
 from django_pgnotify.publishing.statement import commit_and_notify
 from django_pgnotify.stats import publishing_stats
+from example_project.embedded import EmbeddedPostgres
 from tests.integration.hearing import (
     Ear,
     before_anything_else,
+    full_queue,
     hearing,
     statements,
     terminate_own_backend,
 )
+from tests.integration.recording import query
+from tests.integration.redirecting import default_reached
+from tests.settings import database_settings
 from tests.testapp.models import Order, Shipment
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -111,31 +117,59 @@ def test_a_transaction_that_an_error_has_broken_sends_nothing(ear: Ear, rides: l
     assert ear.events() == []
 
 
+@pytest.mark.parametrize("at", ["the call", "the commit"])
 def test_a_notify_that_fails_behind_the_commit_is_counted_and_the_rows_stand(
-    ear: Ear, rides: list[int], caplog: pytest.LogCaptureFixture
+    ear: Ear,
+    rides: list[int],
+    caplog: pytest.LogCaptureFixture,
+    at: Literal["the call", "the commit"],
 ) -> None:
-    failed = publishing_stats["publish_failed"]
-    with connection.cursor() as cursor:
-        cursor.execute("CREATE SCHEMA full_queue")
-        cursor.execute(
-            "CREATE FUNCTION full_queue.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS "
-            "$$BEGIN RAISE 'too many notifications in the NOTIFY queue'; END$$"
-        )
-        cursor.execute("SET search_path = full_queue, pg_catalog, public")
-    try:
+    failed, published = publishing_stats["publish_failed"], publishing_stats["published"]
+    hooks = []
+    with full_queue(at):
+        backend = connection.connection.info.backend_pid
         with caplog.at_level(logging.ERROR, "django_pgnotify.publishing"), transaction.atomic():
             order = Order.objects.create(note="s3cret-payload")
-        assert connection.is_usable()
+            transaction.on_commit(lambda: hooks.append(1))
+        assert hooks == [1]
+        assert connection.get_autocommit()
         assert Order.objects.filter(pk=order.pk).exists()
-    finally:
-        connection.close()
-        with connection.cursor() as cursor:
-            cursor.execute("DROP SCHEMA full_queue CASCADE")
+        assert connection.connection.info.backend_pid == backend
     assert rides == [1]
     assert publishing_stats["publish_failed"] == failed + 1
+    assert publishing_stats["published"] == published
     assert "too many notifications" in caplog.text
     assert "s3cret-payload" not in caplog.text
     assert ear.events() == []
+
+
+def test_a_queue_that_is_really_full_costs_the_events_and_nothing_else(
+    rides: list[int],
+    caplog: pytest.LogCaptureFixture,
+    start_server: Callable[..., EmbeddedPostgres],
+) -> None:
+    server = start_server(options={"fsync": "off", "max_notify_queue_pages": "64"})  # the least
+    failed, published = publishing_stats["publish_failed"], publishing_stats["published"]
+    large = "x" * 7000
+    with ExitStack() as stack:
+        stack.enter_context(default_reached(**database_settings(server.url())))
+        stack.enter_context(caplog.at_level(logging.ERROR, "django_pgnotify.publishing"))
+        reader = stack.enter_context(psycopg.connect(server.url(), autocommit=True))
+        reader.execute("LISTEN jobs")
+        reader.execute("BEGIN")  # who sits in a transaction does not read
+        with pytest.raises(Error, match="too many notifications"):
+            for _ in range(200):
+                publish("jobs", large, delivery="atomic")
+        accepted = publishing_stats["published"] - published
+        with transaction.atomic():
+            with connection.cursor() as cursor:
+                cursor.execute("CREATE TABLE rows AS SELECT 1 AS value")
+            publish("jobs", large)
+        assert query("SELECT value FROM rows") == [(1,)]
+        assert "too many notifications" in caplog.text
+    assert rides == [1]
+    assert publishing_stats["publish_failed"] == failed + 1
+    assert publishing_stats["published"] == published + accepted
 
 
 def test_a_connection_that_is_gone_at_the_commit_raises_as_a_commit_does(

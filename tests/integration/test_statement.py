@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import psycopg
 import pytest
@@ -28,7 +28,7 @@ from django_pgnotify.publishing.statement import (
     notify,
 )
 from django_pgnotify.stats import publishing_stats
-from tests.integration.hearing import Ear, hearing, statements, terminate_own_backend
+from tests.integration.hearing import Ear, full_queue, hearing, statements, terminate_own_backend
 from tests.integration.recording import DEADLINE, query
 from tests.integration.redirecting import default_reached
 from tests.integration.test_probe import PGBOUNCER, start_pooler
@@ -396,6 +396,21 @@ def test_what_the_server_refuses_is_django_s_error_and_the_connection_goes_on(
         assert isinstance(caught.value.__cause__, psycopg.Error)
         assert caught.value.__cause__.sqlstate == "22023"  # invalid_parameter_value
     assert kinds == [DataError, DataError]
+    send([("jobs", "next")])
+    assert heard(ear) == [("jobs", "next")]
+
+
+@both_ways
+@pytest.mark.parametrize("at", ["the call", "the commit"])
+def test_a_full_queue_is_django_s_error_and_the_connection_goes_on(
+    ear: Ear, send: Callable[[Sequence[Frame]], None], at: Literal["the call", "the commit"]
+) -> None:
+    with full_queue(at):
+        for _ in range(2):
+            with pytest.raises(Error, match="too many notifications") as caught:
+                send([("jobs", "lost"), ("jobs", "lost too")])
+            assert isinstance(caught.value.__cause__, psycopg.Error)
+        assert query("SELECT %s::int", 7) == [(7,)]
     send([("jobs", "next")])
     assert heard(ear) == [("jobs", "next")]
 
