@@ -38,18 +38,42 @@ def publish(store: Callable[[], Any]) -> bool:
     Returns:
         Whether it was called.
     """
-    writers = []
+    waits_for = writers()
+    if waits_for:
+        after_all(waits_for, store)
+    elif waits_for is not None:
+        store()
+        return True
+    return False
+
+
+def writers() -> list[BaseDatabaseWrapper] | None:
+    """Whose COMMIT what was loaded just now has to wait for; None where it is not to be stored."""
+    found = []
     for connection in _open():
         written, sees_commits = _probe(connection)
         if not sees_commits:
-            return False
+            return None
         if written:
-            writers.append(connection)
-    if not writers:
-        store()
-        return True
-    _after_all(writers, store)
-    return False
+            found.append(connection)
+    return found
+
+
+def after_all(connections: list[BaseDatabaseWrapper], store: Callable[[], Any]) -> None:
+    """Have ``store`` called once all of their transactions have been committed.
+
+    Each gets its hook now: one that is registered later would outlive a rollback before that.
+    """
+    waited_for = len(connections)
+
+    def committed() -> None:
+        nonlocal waited_for
+        waited_for -= 1
+        if not waited_for:
+            store()
+
+    for connection in connections:
+        connection.on_commit(committed, robust=True)
 
 
 def touched_names() -> set[str]:
@@ -87,8 +111,3 @@ def _probe(connection: BaseDatabaseWrapper) -> tuple[bool, bool]:
     except psycopg.Error:
         return True, False  # the connection was lost; whoever uses it next is told
     return bool(row[0]), bool(row[1])
-
-
-def _after_all(connections: list[BaseDatabaseWrapper], store: Callable[[], Any]) -> None:
-    first, *others = connections
-    first.on_commit((lambda: _after_all(others, store)) if others else store, robust=True)

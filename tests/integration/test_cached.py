@@ -681,6 +681,37 @@ def test_in_a_test_case_that_never_commits_values_are_cached_as_ever(count: Coun
     assert count.calls == 1
 
 
+def count_others() -> int:
+    return Order.objects.using("other").count()
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize("inner", ["default", "other"])
+def test_a_rollback_of_one_of_two_databases_is_enough(alias: str, inner: str) -> None:
+    """The hook of the other one runs with a COMMIT that says nothing of it."""
+    outer = "other" if inner == "default" else "default"
+    with transaction.atomic(outer):
+        Order.objects.using(outer).bulk_create([Order()])
+        with rolled_back(inner):
+            Order.objects.using(inner).bulk_create([Order()])
+            both = get_or_set("both", lambda: Order.objects.count() + count_others(), cache=alias)
+            assert both == 2
+    assert lookup(alias, "both") is MISSING
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize("names", [["default", "other"], ["other", "default"]])
+def test_of_two_databases_the_last_commit_counts(alias: str, names: list[str]) -> None:
+    outer, inner = names
+    with transaction.atomic(outer):
+        Order.objects.using(outer).bulk_create([Order()])
+        with transaction.atomic(inner):
+            Order.objects.using(inner).bulk_create([Order()])
+            get_or_set("both", lambda: Order.objects.count() + count_others(), cache=alias)
+        assert seen_by_others(alias, "both") is MISSING
+    assert seen_by_others(alias, "both") == 2
+
+
 # -- leases for those who know the key later -------------------------------------------------------
 
 
