@@ -15,10 +15,11 @@ from ..exceptions import InvalidArgument
 from ..labels import model_of
 from ..registry import is_model, model_label, registry
 from .flights import afly, fly
+from .frozen import freeze
 from .leases import Load, current_load, loading
 from .level import MISSING
 from .shelf import Shelf
-from .transactions import in_transaction, publish, touched_names
+from .transactions import after_all, in_transaction, touched_names, writers
 
 _CHANGES = frozenset({"created", "updated", "deleted"})
 
@@ -214,16 +215,20 @@ def _store(place: Place, value: Any, lease: Lease, parts: Load) -> bool:
     put = partial(
         place.shelf.put,
         place.key,
-        value,
-        lease,
-        names,
-        place.timeout,
-        place.version,
-        parts.at,
+        lease=lease,
+        names=names,
+        timeout=place.timeout,
+        version=place.version,
+        loaded_at=parts.at,
     )
-    done: list[bool] = []
-    publish(lambda: done.append(put()))
-    return bool(done and done[0])
+    waits_for = writers()
+    if waits_for is None:
+        return False
+    if waits_for:
+        frozen = freeze(value)  # whoever has asked for it may change it before the COMMIT
+        after_all(waits_for, lambda: put(frozen.thaw()))
+        return False
+    return put(value)
 
 
 async def _astore(place: Place, value: Any, lease: Lease, parts: Load) -> bool:

@@ -497,6 +497,28 @@ def test_what_was_rolled_back_is_never_seen(alias: str) -> None:
     assert lookup(alias, "orders") is MISSING
 
 
+def test_what_the_caller_changes_before_the_commit_nobody_else_gets(alias: str) -> None:
+    def load() -> dict[str, Any]:
+        return {"a": [1]}
+
+    async def aload() -> dict[str, Any]:
+        return load()
+
+    loaded = {}
+    with transaction.atomic():
+        Order.objects.bulk_create([Order()])
+        loaded["decorated"] = cached(key="decorated", cache=alias)(load)()
+        loaded["sync"] = get_or_set("sync", load, cache=alias)
+        loaded["async"] = async_to_sync(aget_or_set)("async", aload, cache=alias)
+        loaded["lease"] = load()
+        take_lease(alias).store("lease", loaded["lease"])
+        for value in loaded.values():
+            value["a"].append("private")
+            value["user"] = "alice"
+    for key in loaded:
+        assert seen_by_others(alias, key) == {"a": [1]}, key
+
+
 def test_a_transaction_that_only_reads_stores_at_once(alias: str) -> None:
     with transaction.atomic():
         assert get_or_set("orders", Order.objects.count, cache=alias) == 0
