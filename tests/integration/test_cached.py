@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -673,17 +674,68 @@ def test_every_tier_is_stale_on_the_writers_node_with_its_commit(
     assert lookup("near", "orders") is not MISSING
 
 
-def test_a_transaction_by_hand_is_stale_with_its_commit_too() -> None:
-    get_or_set("orders", Order.objects.count, depends_on=[Order], cache="near")
+@contextmanager
+def by_hand() -> Iterator[None]:
+    """Transactions that Django tells nobody of; the last one is rolled back."""
     transaction.set_autocommit(False)
     try:
+        yield
+    finally:
+        transaction.rollback()
+        transaction.set_autocommit(True)
+
+
+def test_a_transaction_by_hand_is_stale_with_its_commit_too() -> None:
+    get_or_set("orders", Order.objects.count, depends_on=[Order], cache="near")
+    with by_hand():
         Order.objects.create()
         assert seen_by_others("near", "orders") is not MISSING
         transaction.commit()
         assert lookup("near", "orders") is MISSING
-    finally:
+
+
+def test_what_a_transaction_by_hand_has_written_nobody_else_sees(alias: str) -> None:
+    with by_hand():
+        assert get_or_set("before", Order.objects.count, cache=alias) == 0
+        assert seen_by_others(alias, "before") == 0, "it has only read"
+        Order.objects.bulk_create([Order()])
+        assert get_or_set("orders", Order.objects.count, cache=alias) == 1
+        with transaction.atomic():
+            assert get_or_set("within", Order.objects.count, cache=alias) == 1
+        for key in ("orders", "within"):
+            assert seen_by_others(alias, key) is MISSING
+    for key in ("orders", "within"):
+        assert lookup(alias, key) is MISSING
+    with by_hand():
+        Order.objects.bulk_create([Order()])
+        assert get_or_set("orders", Order.objects.count, cache=alias) == 1
+        transaction.commit()
+        assert get_or_set("orders", Order.objects.count, cache=alias) == 1
+        assert seen_by_others(alias, "orders") == 1, "the next one has only read"
+
+
+def test_a_fill_in_a_transaction_by_hand_that_has_written_is_not_made() -> None:
+    near = caches["near"]
+    assert isinstance(near, NearCache)
+    with by_hand():
+        Order.objects.bulk_create([Order()])
+        assert fill_with_set(near) == 1
+        assert seen_by_others("near", "orders") is MISSING
+
+
+def test_a_transaction_by_hand_sees_what_it_has_changed_itself(alias: str, count: Counter) -> None:
+    orders = cached_count(count, alias)
+    assert orders() == 0
+    with by_hand():
+        Order.objects.create()
+        assert orders() == 1
+        assert seen_by_others(alias, "orders") == 0
         transaction.rollback()
-        transaction.set_autocommit(True)
+        assert orders() == 0
+        assert count.calls == 2
+        Order.objects.count()
+        assert orders() == 0, "in a transaction of its own"
+    assert count.calls == 2
 
 
 def test_the_publication_after_a_commit_that_changed_what_it_depends_on_is_not_made() -> None:
