@@ -123,7 +123,7 @@ def test_a_row_that_changes_while_the_value_is_loaded_makes_it_stale_before_it_i
 def test_none_is_a_value_and_an_exception_is_not(alias: str) -> None:
     calls: list[int] = []
 
-    @cached(cache=alias)
+    @cached(key="nothing:{number}", cache=alias)
     def nothing(number: int) -> None:
         calls.append(number)
         if number < 0:
@@ -248,8 +248,25 @@ def test_methods_are_cached_with_a_key_of_theirs() -> None:
 def test_what_could_never_work_is_refused_where_it_is_written(
     arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
+    def loader(pk: int) -> int:
+        return pk
+
     with pytest.raises(error, match=words):
-        cached(**arguments)(lambda pk: pk)
+        cached(**arguments)(loader)
+
+
+def test_what_a_factory_makes_needs_a_key_that_tells_its_functions_apart() -> None:
+    def total_of(name: str, **arguments: Any) -> Callable[[], str]:
+        @cached(cache="memory", **arguments)
+        def total() -> str:
+            return f"total of {name}"
+
+        return total
+
+    with pytest.raises(InvalidArgument, match=r"total is made anew with each name .*Give key="):
+        total_of("A")
+    one, other = (total_of(name, key=f"total:{name}") for name in "AB")
+    assert [one(), other(), one(), other()] == ["total of A", "total of B"] * 2
 
 
 def test_a_decorator_without_parentheses_or_names_says_what_to_write() -> None:
