@@ -14,7 +14,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.core.cache import caches
 from django.db import connection, transaction
 
-from django_pgnotify import invalidates, publish
+from django_pgnotify import Event, invalidates, publish
 from django_pgnotify.caching import (
     NearCache,
     aget_or_set,
@@ -34,6 +34,7 @@ from django_pgnotify.epochs.names import tag_name
 from django_pgnotify.epochs.node import node_table
 from django_pgnotify.exceptions import InvalidArgument, InvalidTemplate
 from django_pgnotify.registry import Registry
+from django_pgnotify.testing import InMemoryBus
 from tests.integration.caching import DEADLINE, near_caches
 from tests.integration.recording import rolled_back
 from tests.testapp.models import Order
@@ -339,6 +340,22 @@ def test_invalidates_bumps_tags_and_keys_with_the_commit(alias: str) -> None:
     assert reloaded("lobby", "room:lobby")
     publish("rooms", {"name": "attic"})
     assert not reloaded("lobby", "room:lobby")
+
+
+def test_a_value_that_was_read_before_a_keys_function_named_its_key_is_not_stored_after(
+    alias: str, count: Counter
+) -> None:
+    def orders_key(event: Event) -> str:
+        return "orders"
+
+    invalidates(Order, keys=orders_key, cache=alias)
+    count.meanwhile = Order.objects.create
+    with InMemoryBus() as bus:
+        assert get_or_set("orders", count, cache=alias) == 0
+        assert [event.action for event in bus.events] == ["created"]
+        assert get_or_set("orders", count, cache=alias) == 1
+        assert get_or_set("orders", count, cache=alias) == 1
+    assert count.calls == 2
 
 
 def test_an_event_whose_template_cannot_be_filled_invalidates_everything(
