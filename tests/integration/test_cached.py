@@ -37,7 +37,7 @@ from django_pgnotify.registry import Registry
 from django_pgnotify.testing import InMemoryBus
 from tests.integration.caching import DEADLINE, near_caches
 from tests.integration.recording import rolled_back
-from tests.testapp.models import Order
+from tests.testapp.models import Order, Restaurant, Sportscar, Vehicle
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -186,6 +186,31 @@ def test_one_row_is_a_dependency_of_its_own(alias: str) -> None:
     other.save()
     get_or_set("row", lambda: loads(0), depends_on=other, cache=alias)
     assert loads.calls == 5
+
+
+def test_a_multi_table_child_is_changed_by_a_save_of_its_parent(alias: str) -> None:
+    one, other = (Sportscar.objects.create(name=name) for name in ("one", "other"))
+    partial = Sportscar.objects.only("seats").get(pk=one.pk)
+    names = Counter(lambda: [car.name for car in Sportscar.objects.order_by("pk")])
+
+    def load(key: str, source: Any) -> Any:
+        return get_or_set(key, names, depends_on=source, cache=alias)
+
+    for _ in range(2):
+        for key, source in [("all", Sportscar), ("one", partial), ("other", other)]:
+            assert load(key, source) == ["one", "other"]
+    assert names.calls == 3
+    vehicle = Vehicle.objects.get(pk=one.pk)
+    vehicle.name = "renamed"
+    vehicle.save()
+    assert load("all", Sportscar) == load("one", partial) == ["renamed", "other"]
+    assert load("other", other) == ["one", "other"], "a row depends on its own parent alone"
+
+
+def test_a_multi_table_child_whose_parent_publishes_nothing_cannot_be_depended_on() -> None:
+    words = r"testapp\.Restaurant, whose rows lie in the table of testapp\.Place too, .*decorate"
+    with pytest.raises(InvalidArgument, match=words):
+        get_or_set("stars", Restaurant.objects.count, depends_on=[Restaurant])
 
 
 def test_what_another_cached_value_depends_on_the_outer_one_does_too(
