@@ -239,6 +239,68 @@ def test_what_a_near_cache_had_is_a_dependency_of_what_is_made_of_it() -> None:
     assert whole() is None
 
 
+def fill_part(near: NearCache) -> Any:
+    found = near.get("part")
+    if found is None:
+        found = Order.objects.count()
+        near.set("part", found, tags=["part"])
+    return found
+
+
+def fill_many_parts(near: NearCache) -> Any:
+    found = near.get_many(["part"])
+    if not found:
+        found = {"part": Order.objects.count()}
+        near.set_many(found, tags=["part"])
+    return found["part"]
+
+
+def add_part(near: NearCache) -> Any:
+    found = near.get("part")
+    if found is None:
+        found = Order.objects.count()
+        near.add("part", found, tags=["part"])
+    return found
+
+
+def afill_part(near: NearCache) -> Any:
+    async def fill() -> Any:
+        found = await near.aget("part")
+        if found is None:
+            found = await Order.objects.acount()
+            await near.aset("part", found, tags=["part"])
+        return found
+
+    return async_to_sync(fill)()
+
+
+@pytest.mark.parametrize("fill", [fill_part, fill_many_parts, add_part, afill_part])
+@pytest.mark.parametrize("name", ["near", "layered"])
+@pytest.mark.parametrize("written", [False, True])
+def test_what_a_near_cache_was_filled_with_is_a_dependency_of_what_is_made_of_it(
+    name: str, fill: Callable[[NearCache], Any], written: bool
+) -> None:
+    near = caches[name]
+    assert isinstance(near, NearCache)
+    whole = cached(key="whole", cache="memory")(lambda: fill(near))
+    with transaction.atomic():
+        if written:
+            Order.objects.bulk_create([Order()])
+        before = whole()
+    assert lookup("memory", "whole") == lookup(name, "part") == before
+    Order.objects.bulk_create([Order()])
+    invalidate_tags("part")
+    assert whole() == before + 1
+
+
+def test_what_a_near_cache_did_not_have_is_a_dependency_of_what_is_made_without_it() -> None:
+    near = caches["near"]
+    whole = cached(key="whole", cache="memory")(lambda: near.get("part", "nothing"))
+    assert whole() == whole() == "nothing"
+    in_threads(1, lambda: near.set("part", "something"))
+    assert whole() == "something"
+
+
 def test_methods_are_cached_with_a_key_of_theirs() -> None:
     class Shop:
         def __init__(self, number: int) -> None:
