@@ -51,7 +51,8 @@ def cached(
 
     Args:
         key: template over the arguments (``"customer:{pk}"``), or a function of them; default: the
-            function's name and all arguments, which must then be plain values.
+            function's name, which must then be its alone, and all arguments, which must be plain
+            values.
         timeout: seconds, as Django's caches take it: None for ever, default the cache's own.
         depends_on: models whose changes make it stale; ``model_tag`` names single rows in
             ``tags``. They have to publish their changes.
@@ -62,7 +63,8 @@ def cached(
 
     Raises:
         InvalidTemplate: a template is malformed, or names no parameter.
-        InvalidArgument: a bad argument, or a model that publishes no changes.
+        InvalidArgument: a bad argument, a model that publishes no changes, or no ``key`` for a
+            method, a lambda, a ``partial()``, or a function that one around it makes anew.
     """
     if positional:
         raise InvalidArgument(_said_of(*positional))

@@ -21,8 +21,9 @@ from django.core.cache import caches
 
 from .. import signals
 from ..epochs.names import tag_name
+from ..epochs.node import node_table
 from ..epochs.rules import Fields
-from ..epochs.use import declare_use
+from ..epochs.use import declare_use, is_in_use
 from ..events import Event, check_actions
 from ..exceptions import InvalidArgument, InvalidTemplate
 from ..registry import (
@@ -103,6 +104,9 @@ def invalidates(
             if not stale and not stale_tags:
                 return
             if stale:
+                if callable(keys) and is_in_use():
+                    # As of templates: what is being loaded now is not to be stored after it.
+                    node_table().bump([name_of_key(cache, key, version) for key in stale])
                 caches[cache].delete_many(stale, version=version)
         for one in _sources_of(event, sources):
             signals.cache_invalidated.send_robust(

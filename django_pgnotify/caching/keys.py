@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import functools
 import hashlib
 import inspect
 import string
@@ -67,7 +68,8 @@ def key_maker(arguments: Arguments, key: object) -> KeyMaker:
 
     Raises:
         InvalidTemplate: the template cannot be filled.
-        InvalidArgument: ``key`` is neither, or a method's key would have to be made of ``self``.
+        InvalidArgument: ``key`` is neither, a method's key would have to be made of ``self``, or
+            the function's name does not stand for it alone.
     """
     if key is None:
         if arguments.parameters[:1] in (("self",), ("cls",)):
@@ -75,6 +77,7 @@ def key_maker(arguments: Arguments, key: object) -> KeyMaker:
                 f"{arguments.name} is a method: what of {arguments.parameters[0]!r} belongs into "
                 f"the key only you know. Give key=, such as 'report:{{self.pk}}'."
             )
+        _check_name(arguments)
         return lambda *args, **kwargs: default_key(arguments, arguments.of(args, kwargs))
     if callable(key):
         return lambda *args, **kwargs: _checked(arguments, key(*args, **kwargs))
@@ -87,6 +90,40 @@ def key_maker(arguments: Arguments, key: object) -> KeyMaker:
             )
         return lambda *args, **kwargs: template
     return lambda *args, **kwargs: template.format_map(arguments.of(args, kwargs))
+
+
+def _check_name(arguments: Arguments) -> None:
+    """Raise InvalidArgument if the function has a name that another may have which does another
+    thing: their values would be taken for each other's, across processes too."""
+    what = _nameless(arguments.func)
+    if what is not None:
+        raise InvalidArgument(
+            f"{arguments.name} is {what}, so its name does not tell it from others, which would "
+            f"share its values. Give key=, such as 'total:{{pk}}', or decorate a function that a "
+            f"module defines."
+        )
+
+
+def _nameless(func: Any) -> str | None:
+    """What ``func`` is, or what it wraps, where that has no name of its own."""
+    while True:
+        owner = getattr(func, "__self__", None)
+        if isinstance(func, functools.partial):
+            return "a partial()"
+        if owner is not None and not inspect.ismodule(owner):
+            return f"a method of {owner!r}"
+        if not hasattr(func, "__wrapped__"):
+            break
+        func = func.__wrapped__  # a decorator's own closure holds no more than this, as a rule
+    name = getattr(func, "__qualname__", None)
+    if not isinstance(name, str):
+        return "an object that can be called"
+    if name.endswith("<lambda>"):
+        return "a lambda"
+    if "<locals>" in name and getattr(func, "__closure__", None):
+        names = ", ".join(func.__code__.co_freevars)
+        return f"made anew with each {names} around it"
+    return None
 
 
 def _checked(arguments: Arguments, key: object) -> str:

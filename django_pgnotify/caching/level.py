@@ -64,7 +64,9 @@ class NearLevel:
     def look(self, full: str, *, lease: bool = True) -> Any:
         """The value of a key if its entry counts; else MISSING, and the context gets a lease."""
         entry = self.entry(full)
-        if entry is not None:
+        if entry is None:
+            self.tell_of_miss(full)
+        else:
             entry.hits += 1
             _tell_load(entry.snapshot)
             return entry.value
@@ -93,6 +95,12 @@ class NearLevel:
         else:
             return found
         return None
+
+    def tell_of_miss(self, full: str, extra: tuple[str, ...] = ()) -> None:
+        """What is being loaded depends on a key that was missed, and on what it is filled with."""
+        load = current_load()
+        if load is not None:
+            load.add(self.store.names(full, extra), self.table.lease().at)
 
     def promote(self, full: str, stored: Any, *, used_up: bool = True) -> Any:
         """Take what the second level had under a key; MISSING where that does not count.

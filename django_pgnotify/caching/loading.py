@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -15,10 +15,11 @@ from ..exceptions import InvalidArgument
 from ..labels import model_of
 from ..registry import is_model, model_label, registry
 from .flights import afly, fly
+from .frozen import freeze
 from .leases import Load, current_load, loading
 from .level import MISSING
 from .shelf import Shelf
-from .transactions import in_transaction, publish, touched_names
+from .transactions import after_all, in_transaction, touched_names, writers
 
 _CHANGES = frozenset({"created", "updated", "deleted"})
 
@@ -48,12 +49,20 @@ def names_of_dependencies(depends_on: Any, tags: Iterable[str]) -> tuple[str, ..
         InvalidArgument: one of them is none of these, or publishes no changes.
     """
     several = isinstance(depends_on, (list, tuple, set, frozenset))
-    found = [model_tag_of(one) for one in (depends_on if several else [depends_on])]
+    found: list[str] = []
+    for one in depends_on if several else [depends_on]:
+        found += model_tags_of(one)
     return tuple(dict.fromkeys(map(tag_name, (*found, *check_tags(tags)))))
 
 
-def model_tag_of(source: Any) -> str:
-    """The tag of a model or of a row; raises InvalidArgument for anything else."""
+def model_tags_of(source: Any) -> list[str]:
+    """The tags of a model or of a row, one for each table that it lies in.
+
+    The parents' as well as its own: a row of theirs may be saved as no more than that.
+
+    Raises:
+        InvalidArgument: it is something else, or publishes no changes.
+    """
     from django.apps import apps
 
     row = None
@@ -64,29 +73,45 @@ def model_tag_of(source: Any) -> str:
         except InvalidArgument as exc:
             raise InvalidArgument(f"depends_on= {source!r}: {exc}") from None
     elif is_model(type(source)):
-        model, row = type(source), source.pk
-        if row is None:
+        model, row = type(source), source
+        if source.pk is None:
             raise InvalidArgument(f"depends_on= has {source!r}, which has not been saved.")
     if not is_model(model):
         raise InvalidArgument(
             f"depends_on= takes model classes, their labels or saved instances; got {source!r}."
         )
-    if apps.ready:
-        _check_publication(model)
-    return model_tag(model, row)
+    tags = []
+    for table, pk in _tables_of(model, row, None if row is None else row.pk):
+        tags.append(model_tag(table, pk))
+        if apps.ready:
+            _check_publication(table, model)
+    return tags
 
 
-def _check_publication(model: Any) -> None:
-    publication = registry.publications.get(model_label(model))
+def _tables_of(model: Any, row: Any, pk: Any) -> Iterator[tuple[Any, Any]]:
+    """A model and its parents, with the primary key that a row has there."""
+    yield model, pk
+    for parent, link in model._meta.parents.items():
+        if row is not None and link is not None and not link.primary_key:
+            yield from _tables_of(parent, row, getattr(row, link.attname))
+        else:
+            yield from _tables_of(parent, row, pk)
+
+
+def _check_publication(table: Any, model: Any) -> None:
+    publication = registry.publications.get(model_label(table))
+    named = model._meta.label
+    if table is not model:
+        named += f", whose rows lie in the table of {table._meta.label} too"
     if publication is None:
         raise InvalidArgument(
-            f"depends_on= names {model._meta.label}, which publishes no changes: decorate it with "
+            f"depends_on= names {named}, which publishes no changes: decorate it with "
             f"@notify_changes or add it to PGNOTIFY_MODELS."
         )
     missing = _CHANGES - (publication.actions or _CHANGES)
     if missing:
         raise InvalidArgument(
-            f"depends_on= names {model._meta.label}, of which nothing is published when a row is "
+            f"depends_on= names {named}, of which nothing is published when a row is "
             f"{' or '.join(sorted(missing))}: take actions= off its notify_changes()."
         )
 
@@ -214,16 +239,20 @@ def _store(place: Place, value: Any, lease: Lease, parts: Load) -> bool:
     put = partial(
         place.shelf.put,
         place.key,
-        value,
-        lease,
-        names,
-        place.timeout,
-        place.version,
-        parts.at,
+        lease=lease,
+        names=names,
+        timeout=place.timeout,
+        version=place.version,
+        loaded_at=parts.at,
     )
-    done: list[bool] = []
-    publish(lambda: done.append(put()))
-    return bool(done and done[0])
+    waits_for = writers()
+    if waits_for is None:
+        return False
+    if waits_for:
+        frozen = freeze(value)  # whoever has asked for it may change it before the COMMIT
+        after_all(waits_for, lambda: put(frozen.thaw()))
+        return False
+    return put(value)
 
 
 async def _astore(place: Place, value: Any, lease: Lease, parts: Load) -> bool:

@@ -162,7 +162,10 @@ class SyncNear(EpochCache):
         miss: MissLease | None,
     ) -> bool:
         """Leave the fill of a miss to the open transaction; False where that is not to be."""
-        if miss is None or not miss.is_recent or not in_transaction():
+        if miss is None or not miss.is_recent:
+            return False
+        self.level.tell_of_miss(full, extra)
+        if not in_transaction():
             return False
 
         def fill() -> None:

@@ -22,7 +22,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from ..exceptions import InvalidEpochTable
-from .clock import WRITERS, boot_id, wall_clock
+from .clock import WRITERS, boot_id, node_clock, wall_clock
 
 HEADER_WORDS = 512
 """64-bit words before the first slot: a page."""
@@ -204,7 +204,8 @@ def _check_header(path: str, words: memoryview, slots: int, owner: int) -> None:
         raise _invalid(path, f"it has {words[SLOTS]} slots, and PGNOTIFY_EPOCH_SLOTS says {slots}")
     if words[OWNER] != owner:
         raise _invalid(path, "it is that of another database or PGNOTIFY_CHANNEL_PREFIX")
-    if words[BOOT_ID] != boot_id():
+    # Not every system has a boot id; a heartbeat that is still to come is one of before, too.
+    if words[BOOT_ID] != boot_id() or words[HEARTBEAT] > node_clock():
         _begin(words, owner)
 
 

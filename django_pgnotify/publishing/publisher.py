@@ -235,6 +235,12 @@ def _buffer_of(connection: BaseDatabaseWrapper) -> CommitBuffer:
     return buffer
 
 
+def sent_by_hand(connection: BaseDatabaseWrapper) -> Sequence[Noted]:
+    """The events that have left in an open transaction which Django knows nothing of."""
+    buffer: CommitBuffer | None = getattr(connection, _BUFFER, None)
+    return () if buffer is None else buffer.by_hand
+
+
 def send_committed(events: Sequence[Noted], using: str) -> None:
     """Send events whose transaction has been committed: here and now, or in the background."""
     in_background = conf.BACKGROUND_SENDER and is_default_transport()

@@ -32,6 +32,7 @@ def let_events_ride(connection: BaseDatabaseWrapper, buffer: CommitBuffer) -> No
     hook runs; or when nobody will ever know whether it took place.
     """
     commit = connection._commit  # type: ignore[attr-defined]
+    rollback = connection._rollback  # type: ignore[attr-defined]
 
     def commit_with_events() -> None:
         runs = runs_of(connection)
@@ -63,9 +64,14 @@ def let_events_ride(connection: BaseDatabaseWrapper, buffer: CommitBuffer) -> No
         else:
             commit()
 
+    def rollback_with_events() -> None:
+        buffer.by_hand = []
+        rollback()
+
     # Django has no hook before COMMIT. Should it once not ask _commit() any more, events leave by
     # the hook behind it.
     connection._commit = commit_with_events  # type: ignore[attr-defined]
+    connection._rollback = rollback_with_events  # type: ignore[attr-defined]
 
 
 def _riders(runs: Sequence[Run], connection: BaseDatabaseWrapper) -> list[Outgoing]:

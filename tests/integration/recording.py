@@ -250,11 +250,11 @@ def backends_of_listeners() -> list[int]:
 
 
 @contextlib.contextmanager
-def rolled_back() -> Iterator[None]:
+def rolled_back(using: str = "default") -> Iterator[None]:
     """A transaction, or a savepoint, that is rolled back at the end of the block."""
-    with transaction.atomic():
+    with transaction.atomic(using):
         yield
-        transaction.set_rollback(True)
+        transaction.set_rollback(True, using)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction
 from django.core.cache import caches
 from django.db import connection, transaction
 
-from django_pgnotify import invalidates, publish
+from django_pgnotify import Event, invalidates, publish
 from django_pgnotify.caching import (
     NearCache,
     aget_or_set,
@@ -33,9 +34,10 @@ from django_pgnotify.epochs.names import tag_name
 from django_pgnotify.epochs.node import node_table
 from django_pgnotify.exceptions import InvalidArgument, InvalidTemplate
 from django_pgnotify.registry import Registry
+from django_pgnotify.testing import InMemoryBus
 from tests.integration.caching import DEADLINE, near_caches
 from tests.integration.recording import rolled_back
-from tests.testapp.models import Order
+from tests.testapp.models import Order, Restaurant, Sportscar, Vehicle
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -122,7 +124,7 @@ def test_a_row_that_changes_while_the_value_is_loaded_makes_it_stale_before_it_i
 def test_none_is_a_value_and_an_exception_is_not(alias: str) -> None:
     calls: list[int] = []
 
-    @cached(cache=alias)
+    @cached(key="nothing:{number}", cache=alias)
     def nothing(number: int) -> None:
         calls.append(number)
         if number < 0:
@@ -186,6 +188,31 @@ def test_one_row_is_a_dependency_of_its_own(alias: str) -> None:
     assert loads.calls == 5
 
 
+def test_a_multi_table_child_is_changed_by_a_save_of_its_parent(alias: str) -> None:
+    one, other = (Sportscar.objects.create(name=name) for name in ("one", "other"))
+    partial = Sportscar.objects.only("seats").get(pk=one.pk)
+    names = Counter(lambda: [car.name for car in Sportscar.objects.order_by("pk")])
+
+    def load(key: str, source: Any) -> Any:
+        return get_or_set(key, names, depends_on=source, cache=alias)
+
+    for _ in range(2):
+        for key, source in [("all", Sportscar), ("one", partial), ("other", other)]:
+            assert load(key, source) == ["one", "other"]
+    assert names.calls == 3
+    vehicle = Vehicle.objects.get(pk=one.pk)
+    vehicle.name = "renamed"
+    vehicle.save()
+    assert load("all", Sportscar) == load("one", partial) == ["renamed", "other"]
+    assert load("other", other) == ["one", "other"], "a row depends on its own parent alone"
+
+
+def test_a_multi_table_child_whose_parent_publishes_nothing_cannot_be_depended_on() -> None:
+    words = r"testapp\.Restaurant, whose rows lie in the table of testapp\.Place too, .*decorate"
+    with pytest.raises(InvalidArgument, match=words):
+        get_or_set("stars", Restaurant.objects.count, depends_on=[Restaurant])
+
+
 def test_what_another_cached_value_depends_on_the_outer_one_does_too(
     alias: str, count: Counter
 ) -> None:
@@ -210,6 +237,68 @@ def test_what_a_near_cache_had_is_a_dependency_of_what_is_made_of_it() -> None:
     assert whole() == 1
     invalidate_tags("part")
     assert whole() is None
+
+
+def fill_part(near: NearCache) -> Any:
+    found = near.get("part")
+    if found is None:
+        found = Order.objects.count()
+        near.set("part", found, tags=["part"])
+    return found
+
+
+def fill_many_parts(near: NearCache) -> Any:
+    found = near.get_many(["part"])
+    if not found:
+        found = {"part": Order.objects.count()}
+        near.set_many(found, tags=["part"])
+    return found["part"]
+
+
+def add_part(near: NearCache) -> Any:
+    found = near.get("part")
+    if found is None:
+        found = Order.objects.count()
+        near.add("part", found, tags=["part"])
+    return found
+
+
+def afill_part(near: NearCache) -> Any:
+    async def fill() -> Any:
+        found = await near.aget("part")
+        if found is None:
+            found = await Order.objects.acount()
+            await near.aset("part", found, tags=["part"])
+        return found
+
+    return async_to_sync(fill)()
+
+
+@pytest.mark.parametrize("fill", [fill_part, fill_many_parts, add_part, afill_part])
+@pytest.mark.parametrize("name", ["near", "layered"])
+@pytest.mark.parametrize("written", [False, True])
+def test_what_a_near_cache_was_filled_with_is_a_dependency_of_what_is_made_of_it(
+    name: str, fill: Callable[[NearCache], Any], written: bool
+) -> None:
+    near = caches[name]
+    assert isinstance(near, NearCache)
+    whole = cached(key="whole", cache="memory")(lambda: fill(near))
+    with transaction.atomic():
+        if written:
+            Order.objects.bulk_create([Order()])
+        before = whole()
+    assert lookup("memory", "whole") == lookup(name, "part") == before
+    Order.objects.bulk_create([Order()])
+    invalidate_tags("part")
+    assert whole() == before + 1
+
+
+def test_what_a_near_cache_did_not_have_is_a_dependency_of_what_is_made_without_it() -> None:
+    near = caches["near"]
+    whole = cached(key="whole", cache="memory")(lambda: near.get("part", "nothing"))
+    assert whole() == whole() == "nothing"
+    in_threads(1, lambda: near.set("part", "something"))
+    assert whole() == "something"
 
 
 def test_methods_are_cached_with_a_key_of_theirs() -> None:
@@ -247,8 +336,25 @@ def test_methods_are_cached_with_a_key_of_theirs() -> None:
 def test_what_could_never_work_is_refused_where_it_is_written(
     arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
+    def loader(pk: int) -> int:
+        return pk
+
     with pytest.raises(error, match=words):
-        cached(**arguments)(lambda pk: pk)
+        cached(**arguments)(loader)
+
+
+def test_what_a_factory_makes_needs_a_key_that_tells_its_functions_apart() -> None:
+    def total_of(name: str, **arguments: Any) -> Callable[[], str]:
+        @cached(cache="memory", **arguments)
+        def total() -> str:
+            return f"total of {name}"
+
+        return total
+
+    with pytest.raises(InvalidArgument, match=r"total is made anew with each name .*Give key="):
+        total_of("A")
+    one, other = (total_of(name, key=f"total:{name}") for name in "AB")
+    assert [one(), other(), one(), other()] == ["total of A", "total of B"] * 2
 
 
 def test_a_decorator_without_parentheses_or_names_says_what_to_write() -> None:
@@ -321,6 +427,22 @@ def test_invalidates_bumps_tags_and_keys_with_the_commit(alias: str) -> None:
     assert reloaded("lobby", "room:lobby")
     publish("rooms", {"name": "attic"})
     assert not reloaded("lobby", "room:lobby")
+
+
+def test_a_value_that_was_read_before_a_keys_function_named_its_key_is_not_stored_after(
+    alias: str, count: Counter
+) -> None:
+    def orders_key(event: Event) -> str:
+        return "orders"
+
+    invalidates(Order, keys=orders_key, cache=alias)
+    count.meanwhile = Order.objects.create
+    with InMemoryBus() as bus:
+        assert get_or_set("orders", count, cache=alias) == 0
+        assert [event.action for event in bus.events] == ["created"]
+        assert get_or_set("orders", count, cache=alias) == 1
+        assert get_or_set("orders", count, cache=alias) == 1
+    assert count.calls == 2
 
 
 def test_an_event_whose_template_cannot_be_filled_invalidates_everything(
@@ -497,6 +619,28 @@ def test_what_was_rolled_back_is_never_seen(alias: str) -> None:
     assert lookup(alias, "orders") is MISSING
 
 
+def test_what_the_caller_changes_before_the_commit_nobody_else_gets(alias: str) -> None:
+    def load() -> dict[str, Any]:
+        return {"a": [1]}
+
+    async def aload() -> dict[str, Any]:
+        return load()
+
+    loaded = {}
+    with transaction.atomic():
+        Order.objects.bulk_create([Order()])
+        loaded["decorated"] = cached(key="decorated", cache=alias)(load)()
+        loaded["sync"] = get_or_set("sync", load, cache=alias)
+        loaded["async"] = async_to_sync(aget_or_set)("async", aload, cache=alias)
+        loaded["lease"] = load()
+        take_lease(alias).store("lease", loaded["lease"])
+        for value in loaded.values():
+            value["a"].append("private")
+            value["user"] = "alice"
+    for key in loaded:
+        assert seen_by_others(alias, key) == {"a": [1]}, key
+
+
 def test_a_transaction_that_only_reads_stores_at_once(alias: str) -> None:
     with transaction.atomic():
         assert get_or_set("orders", Order.objects.count, cache=alias) == 0
@@ -651,17 +795,68 @@ def test_every_tier_is_stale_on_the_writers_node_with_its_commit(
     assert lookup("near", "orders") is not MISSING
 
 
-def test_a_transaction_by_hand_is_stale_with_its_commit_too() -> None:
-    get_or_set("orders", Order.objects.count, depends_on=[Order], cache="near")
+@contextmanager
+def by_hand() -> Iterator[None]:
+    """Transactions that Django tells nobody of; the last one is rolled back."""
     transaction.set_autocommit(False)
     try:
+        yield
+    finally:
+        transaction.rollback()
+        transaction.set_autocommit(True)
+
+
+def test_a_transaction_by_hand_is_stale_with_its_commit_too() -> None:
+    get_or_set("orders", Order.objects.count, depends_on=[Order], cache="near")
+    with by_hand():
         Order.objects.create()
         assert seen_by_others("near", "orders") is not MISSING
         transaction.commit()
         assert lookup("near", "orders") is MISSING
-    finally:
+
+
+def test_what_a_transaction_by_hand_has_written_nobody_else_sees(alias: str) -> None:
+    with by_hand():
+        assert get_or_set("before", Order.objects.count, cache=alias) == 0
+        assert seen_by_others(alias, "before") == 0, "it has only read"
+        Order.objects.bulk_create([Order()])
+        assert get_or_set("orders", Order.objects.count, cache=alias) == 1
+        with transaction.atomic():
+            assert get_or_set("within", Order.objects.count, cache=alias) == 1
+        for key in ("orders", "within"):
+            assert seen_by_others(alias, key) is MISSING
+    for key in ("orders", "within"):
+        assert lookup(alias, key) is MISSING
+    with by_hand():
+        Order.objects.bulk_create([Order()])
+        assert get_or_set("orders", Order.objects.count, cache=alias) == 1
+        transaction.commit()
+        assert get_or_set("orders", Order.objects.count, cache=alias) == 1
+        assert seen_by_others(alias, "orders") == 1, "the next one has only read"
+
+
+def test_a_fill_in_a_transaction_by_hand_that_has_written_is_not_made() -> None:
+    near = caches["near"]
+    assert isinstance(near, NearCache)
+    with by_hand():
+        Order.objects.bulk_create([Order()])
+        assert fill_with_set(near) == 1
+        assert seen_by_others("near", "orders") is MISSING
+
+
+def test_a_transaction_by_hand_sees_what_it_has_changed_itself(alias: str, count: Counter) -> None:
+    orders = cached_count(count, alias)
+    assert orders() == 0
+    with by_hand():
+        Order.objects.create()
+        assert orders() == 1
+        assert seen_by_others(alias, "orders") == 0
         transaction.rollback()
-        transaction.set_autocommit(True)
+        assert orders() == 0
+        assert count.calls == 2
+        Order.objects.count()
+        assert orders() == 0, "in a transaction of its own"
+    assert count.calls == 2
 
 
 def test_the_publication_after_a_commit_that_changed_what_it_depends_on_is_not_made() -> None:
@@ -679,6 +874,37 @@ def test_in_a_test_case_that_never_commits_values_are_cached_as_ever(count: Coun
     Order.objects.bulk_create([Order()])
     assert orders() == orders() == 1
     assert count.calls == 1
+
+
+def count_others() -> int:
+    return Order.objects.using("other").count()
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize("inner", ["default", "other"])
+def test_a_rollback_of_one_of_two_databases_is_enough(alias: str, inner: str) -> None:
+    """The hook of the other one runs with a COMMIT that says nothing of it."""
+    outer = "other" if inner == "default" else "default"
+    with transaction.atomic(outer):
+        Order.objects.using(outer).bulk_create([Order()])
+        with rolled_back(inner):
+            Order.objects.using(inner).bulk_create([Order()])
+            both = get_or_set("both", lambda: Order.objects.count() + count_others(), cache=alias)
+            assert both == 2
+    assert lookup(alias, "both") is MISSING
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize("names", [["default", "other"], ["other", "default"]])
+def test_of_two_databases_the_last_commit_counts(alias: str, names: list[str]) -> None:
+    outer, inner = names
+    with transaction.atomic(outer):
+        Order.objects.using(outer).bulk_create([Order()])
+        with transaction.atomic(inner):
+            Order.objects.using(inner).bulk_create([Order()])
+            get_or_set("both", lambda: Order.objects.count() + count_others(), cache=alias)
+        assert seen_by_others(alias, "both") is MISSING
+    assert seen_by_others(alias, "both") == 2
 
 
 # -- leases for those who know the key later -------------------------------------------------------

@@ -342,7 +342,7 @@ def test_a_page_that_turns_out_to_be_of_one_visitor_is_given_to_nobody_who_waite
 def test_pages_wait_for_one_value_that_they_share() -> None:
     calls, go_on = count(1), threading.Event()
 
-    @cached(cache="near", depends_on=[Order])
+    @cached(key="orders", cache="near", depends_on=[Order])
     def orders() -> str:
         call, found = next(calls), Order.objects.count()
         if call > 1:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import functools
+import math
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -118,6 +121,80 @@ def test_a_method_needs_a_key_of_its_own() -> None:
 def test_a_call_that_the_function_would_refuse_is_refused() -> None:
     with pytest.raises(TypeError, match="year"):
         key_of()
+
+
+def doubled(func: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(func)
+    def wrapper(*args: Any) -> Any:
+        return 2 * func(*args)
+
+    return wrapper
+
+
+def bare(func: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(year: int) -> Any:
+        return func(year)
+
+    return wrapper
+
+
+def total_of(name: str) -> Callable[..., str]:
+    def total(year: int) -> str:
+        return f"{name} {year}"
+
+    return total
+
+
+class Report:
+    def __call__(self, year: int) -> int:
+        return year
+
+    def of(self, year: int) -> int:
+        return year
+
+    @classmethod
+    def made(cls, year: int) -> int:
+        return year
+
+    @staticmethod
+    def plain(year: int) -> int:
+        return year
+
+
+@pytest.mark.parametrize(
+    ("func", "words"),
+    [
+        (lambda year: year, "a lambda"),
+        (functools.partial(report, kind="new"), r"a partial\(\)"),
+        (functools.update_wrapper(functools.partial(report, kind="new"), report), r"a partial\(\)"),
+        (total_of("A"), "each name around it"),
+        (doubled(total_of("A")), "each name around it"),
+        (bare(report), "each func around it"),
+        (Report(), "can be called"),
+        (Report().of, "a method of <"),
+        (Report.made, "a method of <class"),
+    ],
+)
+def test_a_function_whose_name_may_be_anothers_needs_a_key_of_its_own(
+    func: Callable[..., Any], words: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=words) as raised:
+        key_maker(Arguments(func), None)
+    assert "Give key=" in str(raised.value)
+    assert key_maker(Arguments(func), "total:{year}")(7) == "total:7"
+
+
+def test_a_function_with_a_name_of_its_own_needs_no_key() -> None:
+    def alone(year: int) -> int:
+        return year
+
+    makers = [
+        key_maker(Arguments(func), None)
+        for func in (report, doubled(report), functools.cache(alone), Report.plain, math.sqrt)
+    ]
+    keys = [maker(7) for maker in makers]
+    assert keys[0] == keys[1] != keys[2]
+    assert len(set(keys)) == 4
 
 
 # -- values as they are kept -----------------------------------------------------------------------

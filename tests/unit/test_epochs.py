@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from django_pgnotify.epochs import clock, mapped, use
 from django_pgnotify.epochs import table as table_module
-from django_pgnotify.epochs.clock import WRITERS, node_clock, time_of
+from django_pgnotify.epochs.clock import NANOSECONDS, WRITERS, node_clock, time_of
 from django_pgnotify.epochs.mapped import BOOT_ID, GLOBAL, HEADER_WORDS, LATEST, size_of
 from django_pgnotify.epochs.table import EpochTable
 from django_pgnotify.exceptions import InvalidArgument, InvalidEpochTable
@@ -251,6 +251,20 @@ def test_a_table_of_before_the_last_boot_is_kept_and_all_in_it_is_stale(path: st
             assert new.age() == float("inf")
             assert not new.is_current(before)
             assert new.id != before.table
+
+
+def test_where_there_is_no_boot_id_a_heartbeat_that_is_still_to_come_is_one_of_before(
+    path: str,
+) -> None:
+    with EpochTable.open(path, 256) as old:
+        before = old.capture(["a"])
+        old.beat(node_clock() + 10 * 86_400 * NANOSECONDS)  # of ten days after the last start
+        with EpochTable.open(path, 256) as new:
+            assert new.age() == float("inf")
+            assert not new.is_current(before)
+            assert new.id != before.table
+            new.beat(node_clock())
+            assert 0 <= new.age() < DEADLINE
 
 
 @pytest.mark.parametrize(
