@@ -272,6 +272,15 @@ class Local:
             if box.gap_groups:
                 self._tell(box, gap_message(None, None, cause))
 
+    def note_left_out(self, name: str, *, group: bool) -> None:
+        """Messages to a group, or to one channel, have been left out before they came here."""
+        if group:
+            boxes = list(self.groups[name].boxes.values()) if name in self.groups else []
+        else:
+            boxes = [self.boxes[name]] if name in self.boxes else []
+        for box in boxes:
+            self._tell_once(box, "capacity")
+
     def _wants_gaps(self, name: str) -> bool:
         """Whether the members of the group are told of gaps."""
         wanted = self._options.gap_messages

@@ -8,7 +8,7 @@ import secrets
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -23,6 +23,11 @@ from .options import Options
 from .shared import SharedChannel
 
 logger = logging.getLogger("django_pgnotify.layers")
+
+_INCOMING_LIMIT = 64 * 1024 * 1024
+"""Bytes of messages that may wait behind a stored one, which is fetched."""
+_ENTRY_SIZE = 300
+"""About what an entry takes in memory beside the bytes of its message."""
 
 
 class Port:
@@ -52,6 +57,9 @@ class Port:
         self.attached = False
         """Whether the hub knows that we want to hear."""
         self._incoming: deque[tuple[int, str, Any]] = deque()
+        self._incoming_size = 0
+        self._left_out: set[tuple[int, str]] = set()
+        """Kinds and names of messages for which there was no room behind a stored one."""
         self._fetching: asyncio.Task[None] | None = None
         self._flushed: deque[str] = deque(maxlen=100)
         self.elsewhere = Elsewhere(self, options)
@@ -121,29 +129,53 @@ class Port:
             return
         self.stats.add("received", len(entries))
         if self._fetching is not None:
-            # In order: what follows a stored message waits for it.
-            self._incoming += entries
+            self._put_off(entries)
             return
         now = time.monotonic()
         for place, (kind, name, body) in enumerate(entries):
             if type(body) is int and self._concerns_us(kind, name):
-                self._incoming += entries[place:]
+                self._put_off(entries[place:])
                 self._fetching = self.loop.create_task(self._fetch(), name="pgnotify-layer-fetch")
                 break
             self._take_in(kind, name, body, now)
         self._sweep_if_due(now)
 
+    def _put_off(self, entries: Sequence[tuple[int, str, Any]]) -> None:
+        """Have what follows a stored message wait for it, in order, while there is room."""
+        for entry in entries:
+            kind, name, _ = entry
+            if kind in (wire.GROUP, wire.DIRECT):
+                if not self._concerns_us(kind, name):
+                    continue
+                if self._left_out or self._incoming_size > _INCOMING_LIMIT:
+                    if not self._left_out:
+                        logger.warning(
+                            "Stored messages come faster than they are fetched: leaving out what "
+                            "follows until those that wait (%d) are through",
+                            len(self._incoming),
+                        )
+                    # And all that follows: those who are told of it must not get older ones after.
+                    self._left_out.add((kind, name))
+                    self.stats.add("dropped")
+                    continue
+            self._incoming_size += _size(entry)
+            self._incoming.append(entry)
+
     async def _fetch(self) -> None:
         """Take in what has come, with the stored messages in their places."""
         try:
             while self._incoming:
-                kind, name, body = self._incoming.popleft()
+                entry = kind, name, body = self._incoming.popleft()
+                self._incoming_size -= _size(entry)
                 if type(body) is int:
                     body = await self._stored(kind, name, body)
                 if body is not None:
                     self._take_in(kind, name, body, time.monotonic())
         finally:
             self._fetching = None
+        left_out, self._left_out = self._left_out, set()
+        for kind, name in left_out:
+            self.local.note_left_out(name, group=kind == wire.GROUP)
 
     async def _stored(self, kind: int, name: str, number: int) -> bytes | None:
         """A stored message; None, and a gap to the members of a group, if it cannot be had."""
@@ -308,3 +340,8 @@ class Port:
             for channel in await self.hub.rows.members(self._base, group):
                 if not await self.put_shared(channel, body):
                     self.stats.add("dropped")
+
+
+def _size(entry: tuple[int, str, Any]) -> int:
+    body = entry[2]
+    return _ENTRY_SIZE + (0 if type(body) is int else len(body))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from django_pgnotify.layers import PostgresChannelLayer, codec
 from django_pgnotify.layers import local as local_module
 from django_pgnotify.layers import mailbox as mailbox_module
 from django_pgnotify.layers import port as port_module
+from django_pgnotify.layers.codec import Codec
 from tests.integration.test_layer import (
     DEADLINE,
     Message,
@@ -366,3 +368,52 @@ async def test_many_encrypted_messages_at_once_share_frames(make_layer: MakeLaye
     channel = await member(layer, "room")
     await asyncio.gather(*(layer.group_send("room", {"type": "x", "n": n}) for n in range(300)))
     assert [(await take(layer, channel))["n"] for _ in range(300)] == list(range(300))
+
+
+# -- stored messages ---------------------------------------------------------------------------
+
+
+async def test_what_waits_behind_a_stored_message_is_bounded_and_the_rest_is_a_gap(
+    make_layer: MakeLayer, raw: psycopg.AsyncConnection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(port_module, "_INCOMING_LIMIT", 20_000)
+    layer, sender = make_layer(gap_messages=True, capacity=1000), make_layer()
+    channel, other = await member(layer, "room"), await member(layer, "lobby")
+    wire = wire_of(layer, "room")
+    nobody = next(f"n{n}" for n in itertools.count() if wire_of(layer, f"n{n}") == wire)
+    stored = await port_of(sender).store(Codec().message({"type": "x", "n": -1}))
+    async with raw.transaction():
+        await raw.execute("lock table pgnotify_layer_message")  # so it cannot be fetched
+        tell = "select pg_notify(%s, %s)"
+        url = database_url(connections["default"].settings_dict)
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as client:
+            reference = frame(codec.GROUP, "room", stored)
+            await client.execute(tell, [wire, reference])
+        sending: list[Coroutine[Any, Any, None]] = []
+        for number in range(100):
+            message = {"type": "x", "n": number, "body": "x" * 1000}
+            sending.append(sender.group_send("room", message))
+            sending.append(sender.group_send(nobody, {"type": "x"}))
+            sending.append(sender.send(channel, {"type": "x", "n": 1000 + number}))
+        await asyncio.gather(*sending)
+        async with asyncio.timeout(DEADLINE):
+            while layer.stats["received"] < 301:
+                assert not port_of(layer).local.boxes[channel].messages
+                await asyncio.sleep(0.01)
+        assert len(port_of(layer)._incoming) < 60
+    got: list[Message] = []
+    while not got or not is_gap(got[-1], "capacity"):
+        got.append(await take(layer, channel))
+    numbers = [message["n"] for message in got[:-1]]
+    assert numbers[0] == -1
+    assert 10 < len(numbers) < 60
+    to_group = [number for number in numbers[1:] if number < 1000]
+    to_channel = [number for number in numbers[1:] if number >= 1000]
+    assert to_group == list(range(len(to_group)))
+    assert to_channel == list(range(1000, 1000 + len(to_channel)))
+    assert layer.stats["dropped"] == 201 - len(numbers)
+    assert port_of(layer)._incoming_size == 0
+    await layer.group_send("room", {"type": "after"})
+    assert await take(layer, channel) == {"type": "after"}
+    await fence(layer, channel)
+    await fence(layer, other)
