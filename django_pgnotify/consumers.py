@@ -21,7 +21,7 @@ from .durable.cursor import BEGINNING, Logged
 from .durable.entries import prepare
 from .durable.epoch import current_epoch
 from .durable.lag import Lag, lag_of
-from .durable.state import current_snapshot
+from .durable.state import current_snapshot, put_restored_behind
 from .durable.waking import wake_consumers
 from .exceptions import InvalidArgument, UnknownConsumer
 from .models import Consumer, DeadLetter, LoggedEvent
@@ -107,6 +107,8 @@ def reset(name: str, to: Position | datetime, using: str | None = None) -> None:
         )
     rows = Consumer.objects.using(alias).filter(pk=one.pk)
     epoch = str(current_epoch(alias))
+    if place:
+        put_restored_behind(one.topics, alias)
     rows.update(revision=F("revision") + 1, resync="", epoch=epoch, **place)
     wake_consumers(alias)
 

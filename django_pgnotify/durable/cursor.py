@@ -48,8 +48,10 @@ _NEW = f"""
          ORDER BY e.xid LIMIT %(limit)s)
     ) AS found
 """  # noqa: S608 - put together from constants
+# What was restored from another cluster may have ids that this one has yet to come to.
+_COME_TO = "AND e.xid < pg_snapshot_xmax(pg_current_snapshot())"
 _FIRST = f"""
-    WITH found AS MATERIALIZED (SELECT found.* {_NEW.format(bounds="")})
+    WITH found AS MATERIALIZED (SELECT found.* {_NEW.format(bounds=_COME_TO)})
     SELECT now_.snapshot, found.*
     FROM (SELECT pg_current_snapshot()::text AS snapshot) AS now_ LEFT JOIN found ON true
     ORDER BY found.id
@@ -66,6 +68,7 @@ _LOWEST = """
     SELECT min(lowest.id) FROM unnest(%(topics)s::text[]) AS wanted(topic) CROSS JOIN LATERAL (
         SELECT min(e.id) AS id FROM pgnotify_event_log AS e
         WHERE e.topic = wanted.topic AND e.xid >= %(xmax)s::xid8
+          AND e.xid < %(target_xmax)s::xid8
         UNION ALL
         SELECT min(e.id) FROM pgnotify_event_log AS e
         WHERE e.topic = wanted.topic AND e.xid = ANY (%(xip)s::xid8[])
@@ -210,7 +213,8 @@ class LogReader:
         if cursor.target or cursor.snapshot == BEGINNING:
             return cursor._replace(target=target)
         old = Snapshot.parse(cursor.snapshot)
-        [(lowest,)] = self._rows(_LOWEST, **old.params)
+        until = str(Snapshot.parse(target).xmax)
+        [(lowest,)] = self._rows(_LOWEST, **old.params, target_xmax=until)
         return Cursor(cursor.snapshot, target, (lowest or 1) - 1)
 
     def _by_windows(self, cursor: Cursor) -> Page:

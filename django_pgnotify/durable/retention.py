@@ -31,11 +31,15 @@ _WINDOW = """
         ORDER BY id LIMIT %(batch)s
     ) AS oldest
 """
-# Of a sweep under way, what is behind its position has been handled too.
+# Of a sweep under way, what is behind its position has been handled too. The cursor of a consumer
+# that waits for a resync may be of another server: it says nothing of what has been handled.
 _NOT_PASSED = """
-    c.topics @> to_jsonb(e.topic) AND NOT pg_visible_in_snapshot(e.xid, c.snapshot::pg_snapshot)
-    AND NOT (c.target <> '' AND e.id <= c.position
-             AND pg_visible_in_snapshot(e.xid, nullif(c.target, '')::pg_snapshot))
+    c.topics @> to_jsonb(e.topic) AND (
+        c.resync <> ''
+        OR NOT pg_visible_in_snapshot(e.xid, c.snapshot::pg_snapshot)
+        AND NOT (c.target <> '' AND e.id <= c.position
+                 AND pg_visible_in_snapshot(e.xid, nullif(c.target, '')::pg_snapshot))
+    )
 """
 _LOST = f"""
     UPDATE pgnotify_consumer AS consumer SET

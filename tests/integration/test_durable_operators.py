@@ -15,7 +15,7 @@ import pytest
 from django.contrib.auth.models import User
 from django.contrib.messages import get_messages
 from django.core.management import CommandError, call_command
-from django.db import ProgrammingError, connection
+from django.db import ProgrammingError, connection, transaction
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -602,6 +602,95 @@ def test_a_promoted_server_is_told_as_a_gap_and_delivery_goes_on() -> None:
         heard.wait_for(2)
     assert [event.action for event in heard.events] == ["gap", "published"]
     assert "timeline" in heard.events[0].data["cause"]
+
+
+def restored(*data: int) -> None:
+    """Events with transaction ids that this server has yet to come to, as a dump brings them."""
+    rows = query(
+        "INSERT INTO pgnotify_event_log (topic, source, body, xid)"
+        " SELECT 'ledger', 'psql', json_build_object('data', number)::text, '900000000000'"
+        " FROM unnest(%s::int[]) AS number RETURNING id",
+        list(data),
+    )
+    assert len(rows) == len(data)
+
+
+def from_elsewhere() -> None:
+    """Have all consumers wait, with a cursor that another server has given them."""
+    Consumer.objects.update(snapshot="900900000000:900900000000:", resync="restored")
+
+
+def test_events_restored_from_a_server_that_was_further_on_are_not_new_again_and_again(
+    recorder: Recorder, settings: Any
+) -> None:
+    settings.PGNOTIFY_SWEEP_INTERVAL = 0.01
+    with running_listener():
+        restored(*range(5))
+        for number in range(10, 20):
+            publish(LEDGER, number)
+            recorder.wait_for(number - 9)
+    assert recorder.data == list(range(10, 20))
+
+
+@pytest.mark.parametrize("count", [5, 1500])
+def test_a_reset_skips_or_repeats_what_was_restored_from_a_server_that_was_further_on(
+    recorder: Recorder, count: int
+) -> None:
+    register()
+    restored(*range(count))
+    age(2)
+    restored(-1, -2)
+    from_elsewhere()
+    with running_listener():
+        consumers.reset("ledger", "now")
+        publish(LEDGER, "new")
+        recorder.wait_for(1)
+        assert recorder.data == ["new"]
+        until(lambda: lag_of(stored()).events == 0)
+        consumers.reset("ledger", timezone.now() - timedelta(hours=1))
+        recorder.wait_for(4)
+        assert recorder.data == ["new", -1, -2, "new"]
+        consumers.reset("ledger", "beginning")
+        recorder.wait_for(4 + count + 3)
+    assert recorder.data[4:] == [*range(count), -1, -2, "new"]
+
+
+def test_a_consumer_that_is_new_where_a_dump_was_restored_is_behind_it_or_gets_it_all() -> None:
+    restored(*range(3))
+    late, early = Recorder(), Recorder()
+    consume(late, "late")
+    consume(early, "early", start="beginning")
+    with running_listener():
+        publish(LEDGER, "new")
+        early.wait_for(4)
+        late.wait_for(1)
+        until(lambda: lag_of(stored("late")).events == 0)
+    assert early.data == [0, 1, 2, "new"]
+    assert late.data == ["new"]
+
+
+def test_what_is_published_in_the_transaction_of_a_reset_is_not_taken_for_restored(
+    recorder: Recorder,
+) -> None:
+    register()
+    with transaction.atomic():
+        publish(LEDGER, 1)
+        consumers.reset("ledger", "now")
+    with running_listener():
+        recorder.wait_for(1)
+
+
+def test_nothing_counts_as_passed_while_a_consumer_waits_with_the_cursor_of_another_server(
+    recorder: Recorder,
+) -> None:
+    register()
+    publish_many(LEDGER, range(3))
+    age(24 * 8)
+    from_elsewhere()
+    assert command("pgnotify_prune") == "0 event(s) removed from the log\n"
+    age(24 * 31)
+    assert command("pgnotify_prune") == "3 event(s) removed from the log\n"
+    assert stored().gap_events == 3
 
 
 # -- consumers exist from migrate on --------------------------------------------------------------
