@@ -7,17 +7,23 @@ the lock without noticing, or an operator's change, makes the write fail, and no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.db import connections, transaction
+from django.db.models import F, QuerySet
 
 from .cursor import BEGINNING, Cursor, Logged, Snapshot
 from .epoch import current_epoch
 
+if TYPE_CHECKING:
+    from ..models import Consumer
+
 _CLAIM = """
-    UPDATE pgnotify_consumer SET claim = claim + 1, holder = %s WHERE name = %s
+    UPDATE pgnotify_consumer SET claim = claim + 1, holder = %s
+    WHERE name = %s AND topics <@ coalesce(%s::jsonb, topics)
     RETURNING id, claim, revision, snapshot, target, position, epoch
 """
 _CONTROL = """
@@ -145,32 +151,53 @@ class Verdict(NamedTuple):
 
 
 def register(name: str, topics: Sequence[str], start: str, using: str) -> None:
-    """Make sure that there is a consumer ``name``; a new one begins at ``start``.
+    """Make sure that there is a consumer ``name``, and that it reads ``topics`` from now on.
+
+    Its cursor is past all of its topics at once. So whoever reads less of them, because it runs
+    older code, cannot move it any more.
 
     Raises:
         django.db.Error: the database could not be reached, or has no such table.
     """
+    known = create(name, topics, start, using)
+    if known is not None and set(known) != set(topics):
+        rows = _consumers(using).filter(name=name)
+        rows.update(topics=list(topics), revision=F("revision") + 1)
+        put_restored_behind(topics, using)
+
+
+def create(name: str, topics: Sequence[str], start: str, using: str) -> list[str] | None:
+    """Make sure that there is a consumer ``name``; a new one begins at ``start``.
+
+    Returns:
+        The topics of one that there was; they stay as they are.
+
+    Raises:
+        django.db.Error: the database could not be reached, or has no such table.
+    """
+    consumers = _consumers(using)
+    known: list[str] | None = consumers.filter(name=name).values_list("topics", flat=True).first()
+    if known is not None:
+        return known
+    put_restored_behind(topics, using)
+    consumers.bulk_create(
+        [
+            consumers.model(
+                name=name,
+                topics=list(topics),
+                snapshot=BEGINNING if start == "beginning" else current_snapshot(using),
+                epoch=str(current_epoch(using)),
+            )
+        ],
+        ignore_conflicts=True,
+    )
+    return None
+
+
+def _consumers(using: str) -> QuerySet[Consumer]:
     from ..models import Consumer  # models are not importable before the apps are loaded
 
-    consumers = Consumer.objects.using(using)
-    known = consumers.filter(name=name).values_list("topics", flat=True).first()
-    if known is None:
-        consumers.bulk_create(
-            [
-                Consumer(
-                    name=name,
-                    topics=list(topics),
-                    snapshot=BEGINNING if start == "beginning" else current_snapshot(using),
-                    epoch=str(current_epoch(using)),
-                )
-            ],
-            ignore_conflicts=True,
-        )
-    elif known != list(topics):
-        consumers.filter(name=name).update(topics=list(topics))
-    else:
-        return
-    put_restored_behind(topics, using)
+    return Consumer.objects.using(using)
 
 
 def put_restored_behind(topics: Sequence[str], using: str) -> None:
@@ -209,11 +236,16 @@ class ConsumerState:
         """Whether it was paused when it was last looked at, or moved."""
         self._id = self._claim = self._revision = 0
 
-    def claim(self, holder: str) -> Claim:
-        """Begin to run it: from here on, whoever ran it before cannot write any more."""
-        rows = self._execute(_CLAIM, holder, self.name)
+    def claim(self, holder: str, topics: Sequence[str] | None = None) -> Claim:
+        """Begin to run it: from here on, whoever ran it before cannot write any more.
+
+        Args:
+            topics: what will be read. Of a consumer that has others too, nothing may be moved.
+        """
+        read = None if topics is None else json.dumps(list(topics))
+        rows = self._execute(_CLAIM, holder, self.name, read)
         if not rows:
-            raise CursorLost(f"there is no consumer {self.name!r}")
+            raise CursorLost(f"there is no consumer {self.name!r} that reads no other topics")
         number, claim, revision, snapshot, target, position, epoch = rows[0]
         self._id, self._claim, self._revision = number, claim, revision
         return Claim(number, claim, revision, Cursor(snapshot, target, position), epoch)
