@@ -313,13 +313,17 @@ class ConsumerState:
 
     # -- gaps and epochs ------------------------------------------------------------------------
 
-    def gap_told(self) -> None:
-        """The receiver has heard of the gap."""
+    def gap_told(self, told: Control) -> None:
+        """The receiver has heard of this gap; of one that has grown meanwhile it is yet to hear."""
         self._write(
             "UPDATE pgnotify_consumer SET gap_cause = '', gap_since = NULL, gap_until = NULL "
-            "WHERE id = %s AND claim = %s",
+            "WHERE id = %s AND claim = %s AND gap_cause = %s "
+            "AND gap_since IS NOT DISTINCT FROM %s AND gap_until IS NOT DISTINCT FROM %s",
             self._id,
             self._claim,
+            told.gap_cause,
+            told.gap_since,
+            told.gap_until,
         )
 
     def stop_for_resync(self, cause: str) -> None:

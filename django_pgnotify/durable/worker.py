@@ -361,7 +361,7 @@ class Worker:
                     signals.receiver_failed.send_robust(
                         self.receiver.func, event=gap, exception=exc, attempt=1, will_retry=False
                     )
-        self.state.gap_told()
+        self.state.gap_told(control)
 
     # -- the rest -------------------------------------------------------------------------------
 

@@ -426,6 +426,30 @@ def test_beyond_the_limit_events_go_and_the_consumer_is_told_of_the_gap() -> Non
     assert (stored().gap_events, stored().gap_cause) == (3, "")
 
 
+def test_events_that_go_while_a_gap_is_told_are_told_of_too(settings: Any) -> None:
+    settings.PGNOTIFY_SWEEP_INTERVAL = 0.05
+    heard = Recorder()
+
+    def lose_more(event: Event) -> None:
+        if not heard.events:
+            age(24 * 32)
+            LogPruner("default").run()
+        heard(event)
+
+    consume(lose_more, on_gap=True)
+    register()
+    publish_many(LEDGER, range(2))
+    age(24 * 40, id=LoggedEvent.objects.order_by("id").values_list("id", flat=True)[0])
+    LogPruner("default").run()
+    with running_listener():
+        heard.wait_for(2)
+        until(lambda: stored().gap_cause == "")
+    assert [event.action for event in heard.events] == ["gap", "gap"]
+    untils = [datetime.fromisoformat(event.data["until"]) for event in heard.events]
+    assert timedelta(days=7) < untils[1] - untils[0] < timedelta(days=9)
+    assert stored().gap_events == 2
+
+
 def test_a_run_looks_at_a_bounded_number_of_rows_and_the_next_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
