@@ -29,7 +29,17 @@ from django_pgnotify.exceptions import InvalidArgument, UnknownConsumer
 from django_pgnotify.models import Consumer, LoggedEvent
 from django_pgnotify.registry import Registry, registry
 from django_pgnotify.testing import running_listener
-from tests.integration.durable import LEDGER, Picky, consume, letters, register, stored, until
+from tests.integration.durable import (
+    LEDGER,
+    Picky,
+    consume,
+    letters,
+    other_session,
+    register,
+    stored,
+    until,
+    write,
+)
 from tests.integration.recording import DEADLINE, Gate, Recorder, query
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -448,6 +458,32 @@ def test_events_that_go_while_a_gap_is_told_are_told_of_too(settings: Any) -> No
     untils = [datetime.fromisoformat(event.data["until"]) for event in heard.events]
     assert timedelta(days=7) < untils[1] - untils[0] < timedelta(days=9)
     assert stored().gap_events == 2
+
+
+def test_what_commits_while_events_are_removed_stays_until_it_is_counted_too() -> None:
+    consume(Recorder())
+    register()
+    with other_session() as late, other_session() as holder:
+        write(late, "1")
+        late.execute("UPDATE pgnotify_event_log SET created_at = created_at - interval '31 days'")
+        publish_many(LEDGER, range(2, 6))
+        age(24 * 31)
+        holder.execute("SELECT FROM pgnotify_consumer FOR UPDATE")
+        with ThreadPoolExecutor(1) as threads:
+            pruning = threads.submit(_prune)
+            until(lambda: bool(query("SELECT FROM pg_locks WHERE NOT granted")))
+            late.commit()
+            holder.commit()
+            assert pruning.result(DEADLINE) == stored().gap_events == 4
+    assert _prune() == 1
+    assert stored().gap_events == 5
+
+
+def _prune() -> int:
+    try:
+        return LogPruner("default").run().removed
+    finally:
+        connection.close()
 
 
 def test_a_run_looks_at_a_bounded_number_of_rows_and_the_next_goes_on(
