@@ -170,7 +170,6 @@ def replay(
 
 def _send_again(one: Consumer, rows: QuerySet[LoggedEvent]) -> int:
     count = last = 0
-    now = timezone.now()
     while batch := list(rows.filter(pk__gt=last).order_by("pk")[:_ROWS]):
         letters = [
             DeadLetter(
@@ -181,7 +180,7 @@ def _send_again(one: Consumer, rows: QuerySet[LoggedEvent]) -> int:
                 source=row.source,
                 body=row.body,
                 published_at=row.created_at,
-                retry_at=now,
+                retry_at=Now(),  # the clock that says when it is due
             )
             for row in batch
         ]

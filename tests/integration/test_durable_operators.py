@@ -342,6 +342,20 @@ def test_a_stretch_of_time_or_chosen_events_are_delivered_again_to_one_consumer(
     assert bystander.data == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_replay_is_due_at_once_though_the_clock_of_who_asks_for_it_is_fast(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    publish(LEDGER, 1)
+    consumers.reset("ledger", "now")
+    fast = timezone.now() + timedelta(days=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(timezone, "now", lambda: fast)
+        assert consumers.replay("ledger", since=datetime(2020, 1, 1, tzinfo=UTC)) == 1
+    with running_listener():
+        recorder.wait_for(1)
+
+
 def test_a_replay_needs_to_be_told_which_events(recorder: Recorder) -> None:
     register()
     with pytest.raises(InvalidArgument, match="Say which events"):
