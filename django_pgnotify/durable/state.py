@@ -54,7 +54,8 @@ _PARK = """
 """
 # A letter whose key has an earlier one that is not due yet is not due either.
 _DUE = """
-    SELECT d.id, d.event_id, d.topic, d.key, d.source, d.body, d.published_at, d.attempts
+    SELECT d.retry_at, d.id, d.event_id, d.topic, d.key, d.source, d.body, d.published_at,
+        d.attempts
     FROM pgnotify_dead_letter AS d
     WHERE d.consumer_id = %(id)s AND d.retry_at <= statement_timestamp() AND NOT EXISTS (
         SELECT FROM pgnotify_dead_letter AS earlier
@@ -66,6 +67,11 @@ _DUE = """
 _NEXT_DUE = """
     SELECT extract(epoch FROM min(retry_at) - statement_timestamp())::float8
     FROM pgnotify_dead_letter WHERE consumer_id = %s AND retry_at > statement_timestamp()
+"""
+# One that was asked for again meanwhile stays.
+_DONE = """
+    DELETE FROM pgnotify_dead_letter
+    WHERE id = ANY (%s::bigint[]) AND retry_at = ANY (%s::timestamptz[])
 """
 _FAILED_AGAIN = """
     UPDATE pgnotify_dead_letter
@@ -235,6 +241,7 @@ class ConsumerState:
         self.paused = False
         """Whether it was paused when it was last looked at, or moved."""
         self._id = self._claim = self._revision = 0
+        self._due: dict[int, datetime] = {}
 
     def claim(self, holder: str, topics: Sequence[str] | None = None) -> Claim:
         """Begin to run it: from here on, whoever ran it before cannot write any more.
@@ -294,7 +301,9 @@ class ConsumerState:
         """The first of those that are due, by id of the event."""
         with connections[self.using].cursor() as cursor:
             cursor.execute(_DUE, {"id": self._id, "limit": limit})
-            return [Letter(*row) for row in cursor.fetchall()]
+            rows = cursor.fetchall()
+        self._due = {letter: due for due, letter, *_ in rows}
+        return [Letter(*row) for _, *row in rows]
 
     def next_letter_in(self) -> float | None:
         """Seconds until the next one is due, None if none is waiting."""
@@ -307,7 +316,7 @@ class ConsumerState:
             if self._write(_SETTLE, len(done), self._id, self._claim) != 1:
                 raise CursorLost("it was claimed by another process")
             if done:
-                self._write("DELETE FROM pgnotify_dead_letter WHERE id = ANY (%s)", list(done))
+                self._write(_DONE, list(done), [self._due.get(letter) for letter in done])
             for letter, attempts, retry_in, error in failed:
                 self._write(_FAILED_AGAIN, attempts, retry_in, error, letter)
 

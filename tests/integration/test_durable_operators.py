@@ -356,6 +356,26 @@ def test_a_replay_is_due_at_once_though_the_clock_of_who_asks_for_it_is_fast(
         recorder.wait_for(1)
 
 
+@pytest.mark.parametrize("transactional", [False, True])
+def test_a_replay_of_an_event_that_is_being_replayed_is_not_lost(transactional: bool) -> None:
+    heard = Recorder()
+
+    def replay_once_more(event: Event) -> None:
+        heard(event)
+        if len(heard.events) == 2:
+            consumers.replay("ledger", since=datetime(2020, 1, 1, tzinfo=UTC))
+
+    consume(replay_once_more, transactional=transactional)
+    with running_listener():
+        publish(LEDGER, 1)
+        heard.wait_for(1)
+        until(lambda: stored().handled == 1)
+        consumers.replay("ledger", since=datetime(2020, 1, 1, tzinfo=UTC))
+        heard.wait_for(3)
+        until(lambda: letters() == [])
+    assert heard.data == [1, 1, 1]
+
+
 def test_a_replay_needs_to_be_told_which_events(recorder: Recorder) -> None:
     register()
     with pytest.raises(InvalidArgument, match="Say which events"):
