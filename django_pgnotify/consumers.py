@@ -17,11 +17,11 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from .conf import conf
-from .durable.cursor import BEGINNING, Logged
+from .durable.cursor import BEGINNING, Logged, put_restored_behind
 from .durable.entries import prepare
 from .durable.epoch import current_epoch
 from .durable.lag import Lag, lag_of
-from .durable.state import current_snapshot, put_restored_behind
+from .durable.state import current_snapshot
 from .durable.waking import wake_consumers
 from .exceptions import InvalidArgument, UnknownConsumer
 from .models import Consumer, DeadLetter, LoggedEvent

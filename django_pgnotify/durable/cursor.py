@@ -16,6 +16,7 @@ large the log is and however long something else has been running.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -87,6 +88,22 @@ _SLICE = f"""
       AND pg_visible_in_snapshot(e.xid, %(target)s::pg_snapshot)
       AND NOT pg_visible_in_snapshot(e.xid, %(snapshot)s::pg_snapshot)
     ORDER BY e.id
+"""  # noqa: S608
+
+# Nobody sees events of a transaction that such a snapshot does not see, but for its own.
+_OF_THE_FUTURE = """
+    e.xid >= pg_snapshot_xmax(pg_current_snapshot())
+    AND e.xid IS DISTINCT FROM pg_current_xact_id_if_assigned()
+"""
+_ANY_RESTORED = f"""
+    SELECT FROM unnest(%s::text[]) AS wanted(topic) CROSS JOIN LATERAL (
+        SELECT FROM pgnotify_event_log AS e
+        WHERE e.topic = wanted.topic AND {_OF_THE_FUTURE} ORDER BY e.xid LIMIT 1
+    ) AS restored
+"""  # noqa: S608 - put together from constants
+_PUT_BEHIND = f"""
+    UPDATE pgnotify_event_log AS e SET xid = %s::xid8
+    WHERE e.topic = ANY (%s::text[]) AND {_OF_THE_FUTURE}
 """  # noqa: S608
 
 
@@ -238,3 +255,16 @@ class LogReader:
             cursor.execute(statement, params)
             rows: list[tuple[Any, ...]] = cursor.fetchall()
         return rows
+
+
+def put_restored_behind(topics: Sequence[str], using: str) -> None:
+    """Have what a dump of another cluster brought be behind every cursor but the beginning.
+
+    Its transaction ids may be of this cluster's future: nobody would get these events, until some
+    day they were taken for new ones.
+    """
+    with connections[using].cursor() as cursor:
+        # Asked first: it is an UPDATE that a role may lack the right to.
+        cursor.execute(_ANY_RESTORED, [list(topics)])
+        if cursor.fetchone() is not None:
+            cursor.execute(_PUT_BEHIND, [str(Snapshot.parse(BEGINNING).xmax), list(topics)])

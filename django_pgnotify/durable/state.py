@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from django.db import connections, transaction
 from django.db.models import F, QuerySet
 
-from .cursor import BEGINNING, Cursor, Logged, Snapshot
+from .cursor import BEGINNING, Cursor, Logged, put_restored_behind
 from .epoch import current_epoch
 
 if TYPE_CHECKING:
@@ -79,20 +79,6 @@ _FAILED_AGAIN = """
         failed_at = statement_timestamp(), error = %s
     WHERE id = %s
 """
-_OF_THE_FUTURE = """
-    e.xid >= pg_snapshot_xmax(pg_current_snapshot())
-    AND e.xid IS DISTINCT FROM pg_current_xact_id_if_assigned()
-"""
-_ANY_RESTORED = f"""
-    SELECT FROM unnest(%s::text[]) AS wanted(topic) CROSS JOIN LATERAL (
-        SELECT FROM pgnotify_event_log AS e
-        WHERE e.topic = wanted.topic AND {_OF_THE_FUTURE} ORDER BY e.xid LIMIT 1
-    ) AS restored
-"""  # noqa: S608 - put together from constants
-_PUT_BEHIND = f"""
-    UPDATE pgnotify_event_log AS e SET xid = %s::xid8
-    WHERE e.topic = ANY (%s::text[]) AND {_OF_THE_FUTURE}
-"""  # noqa: S608
 
 
 class CursorLost(Exception):
@@ -204,19 +190,6 @@ def _consumers(using: str) -> QuerySet[Consumer]:
     from ..models import Consumer  # models are not importable before the apps are loaded
 
     return Consumer.objects.using(using)
-
-
-def put_restored_behind(topics: Sequence[str], using: str) -> None:
-    """Have what a dump of another cluster brought be behind every cursor but the beginning.
-
-    Its transaction ids may be of this cluster's future: nobody would get these events, until some
-    day they were taken for new ones.
-    """
-    with connections[using].cursor() as cursor:
-        # Asked first: it is an UPDATE that a role may lack the right to.
-        cursor.execute(_ANY_RESTORED, [list(topics)])
-        if cursor.fetchone() is not None:
-            cursor.execute(_PUT_BEHIND, [str(Snapshot.parse(BEGINNING).xmax), list(topics)])
 
 
 def current_snapshot(using: str) -> str:
