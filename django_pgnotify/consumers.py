@@ -17,7 +17,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from .conf import conf
-from .durable.cursor import BEGINNING, Logged
+from .durable.cursor import BEGINNING, Logged, put_restored_behind
 from .durable.entries import prepare
 from .durable.epoch import current_epoch
 from .durable.lag import Lag, lag_of
@@ -107,6 +107,8 @@ def reset(name: str, to: Position | datetime, using: str | None = None) -> None:
         )
     rows = Consumer.objects.using(alias).filter(pk=one.pk)
     epoch = str(current_epoch(alias))
+    if place:
+        put_restored_behind(one.topics, alias)
     rows.update(revision=F("revision") + 1, resync="", epoch=epoch, **place)
     wake_consumers(alias)
 
@@ -168,7 +170,6 @@ def replay(
 
 def _send_again(one: Consumer, rows: QuerySet[LoggedEvent]) -> int:
     count = last = 0
-    now = timezone.now()
     while batch := list(rows.filter(pk__gt=last).order_by("pk")[:_ROWS]):
         letters = [
             DeadLetter(
@@ -179,7 +180,7 @@ def _send_again(one: Consumer, rows: QuerySet[LoggedEvent]) -> int:
                 source=row.source,
                 body=row.body,
                 published_at=row.created_at,
-                retry_at=now,
+                retry_at=Now(),  # the clock that says when it is due
             )
             for row in batch
         ]

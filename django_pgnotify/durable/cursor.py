@@ -16,6 +16,7 @@ large the log is and however long something else has been running.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -48,8 +49,10 @@ _NEW = f"""
          ORDER BY e.xid LIMIT %(limit)s)
     ) AS found
 """  # noqa: S608 - put together from constants
+# What was restored from another cluster may have ids that this one has yet to come to.
+_COME_TO = "AND e.xid < pg_snapshot_xmax(pg_current_snapshot())"
 _FIRST = f"""
-    WITH found AS MATERIALIZED (SELECT found.* {_NEW.format(bounds="")})
+    WITH found AS MATERIALIZED (SELECT found.* {_NEW.format(bounds=_COME_TO)})
     SELECT now_.snapshot, found.*
     FROM (SELECT pg_current_snapshot()::text AS snapshot) AS now_ LEFT JOIN found ON true
     ORDER BY found.id
@@ -66,6 +69,7 @@ _LOWEST = """
     SELECT min(lowest.id) FROM unnest(%(topics)s::text[]) AS wanted(topic) CROSS JOIN LATERAL (
         SELECT min(e.id) AS id FROM pgnotify_event_log AS e
         WHERE e.topic = wanted.topic AND e.xid >= %(xmax)s::xid8
+          AND e.xid < %(target_xmax)s::xid8
         UNION ALL
         SELECT min(e.id) FROM pgnotify_event_log AS e
         WHERE e.topic = wanted.topic AND e.xid = ANY (%(xip)s::xid8[])
@@ -84,6 +88,22 @@ _SLICE = f"""
       AND pg_visible_in_snapshot(e.xid, %(target)s::pg_snapshot)
       AND NOT pg_visible_in_snapshot(e.xid, %(snapshot)s::pg_snapshot)
     ORDER BY e.id
+"""  # noqa: S608
+
+# Nobody sees events of a transaction that such a snapshot does not see, but for its own.
+_OF_THE_FUTURE = """
+    e.xid >= pg_snapshot_xmax(pg_current_snapshot())
+    AND e.xid IS DISTINCT FROM pg_current_xact_id_if_assigned()
+"""
+_ANY_RESTORED = f"""
+    SELECT FROM unnest(%s::text[]) AS wanted(topic) CROSS JOIN LATERAL (
+        SELECT FROM pgnotify_event_log AS e
+        WHERE e.topic = wanted.topic AND {_OF_THE_FUTURE} ORDER BY e.xid LIMIT 1
+    ) AS restored
+"""  # noqa: S608 - put together from constants
+_PUT_BEHIND = f"""
+    UPDATE pgnotify_event_log AS e SET xid = %s::xid8
+    WHERE e.topic = ANY (%s::text[]) AND {_OF_THE_FUTURE}
 """  # noqa: S608
 
 
@@ -210,7 +230,8 @@ class LogReader:
         if cursor.target or cursor.snapshot == BEGINNING:
             return cursor._replace(target=target)
         old = Snapshot.parse(cursor.snapshot)
-        [(lowest,)] = self._rows(_LOWEST, **old.params)
+        until = str(Snapshot.parse(target).xmax)
+        [(lowest,)] = self._rows(_LOWEST, **old.params, target_xmax=until)
         return Cursor(cursor.snapshot, target, (lowest or 1) - 1)
 
     def _by_windows(self, cursor: Cursor) -> Page:
@@ -234,3 +255,16 @@ class LogReader:
             cursor.execute(statement, params)
             rows: list[tuple[Any, ...]] = cursor.fetchall()
         return rows
+
+
+def put_restored_behind(topics: Sequence[str], using: str) -> None:
+    """Have what a dump of another cluster brought be behind every cursor but the beginning.
+
+    Its transaction ids may be of this cluster's future: nobody would get these events, until some
+    day they were taken for new ones.
+    """
+    with connections[using].cursor() as cursor:
+        # Asked first: it is an UPDATE that a role may lack the right to.
+        cursor.execute(_ANY_RESTORED, [list(topics)])
+        if cursor.fetchone() is not None:
+            cursor.execute(_PUT_BEHIND, [str(Snapshot.parse(BEGINNING).xmax), list(topics)])

@@ -31,35 +31,41 @@ _WINDOW = """
         ORDER BY id LIMIT %(batch)s
     ) AS oldest
 """
-# Of a sweep under way, what is behind its position has been handled too.
+# Of a sweep under way, what is behind its position has been handled too. The cursor of a consumer
+# that waits for a resync may be of another server: it says nothing of what has been handled.
 _NOT_PASSED = """
-    c.topics @> to_jsonb(e.topic) AND NOT pg_visible_in_snapshot(e.xid, c.snapshot::pg_snapshot)
-    AND NOT (c.target <> '' AND e.id <= c.position
-             AND pg_visible_in_snapshot(e.xid, nullif(c.target, '')::pg_snapshot))
+    c.topics @> to_jsonb(e.topic) AND (
+        c.resync <> ''
+        OR NOT pg_visible_in_snapshot(e.xid, c.snapshot::pg_snapshot)
+        AND NOT (c.target <> '' AND e.id <= c.position
+                 AND pg_visible_in_snapshot(e.xid, nullif(c.target, '')::pg_snapshot))
+    )
 """
-_LOST = f"""
-    UPDATE pgnotify_consumer AS consumer SET
-        gap_cause = %(cause)s,
-        gap_events = gap_events + lost.events,
-        gap_since = least(gap_since, lost.since),
-        gap_until = greatest(gap_until, lost.until)
-    FROM (
-        SELECT c.id, count(*) AS events, min(e.created_at) AS since, max(e.created_at) AS until
-        FROM pgnotify_event_log AS e JOIN pgnotify_consumer AS c ON {_NOT_PASSED}
-        WHERE e.id > %(after)s AND e.id <= %(end)s
-          AND e.created_at < statement_timestamp() - %(limit)s
-        GROUP BY c.id
-    ) AS lost
-    WHERE consumer.id = lost.id
-    RETURNING consumer.name, lost.events
-"""  # noqa: S608 - put together from constants
+# One statement, so of one moment: what is removed and what is counted as lost are the same rows.
 _DELETE = f"""
-    DELETE FROM pgnotify_event_log AS e
-    WHERE e.id > %(after)s AND e.id <= %(end)s
-      AND e.created_at < statement_timestamp() - %(retention)s
-      AND (e.created_at < statement_timestamp() - %(limit)s
-           OR NOT EXISTS (SELECT FROM pgnotify_consumer AS c WHERE {_NOT_PASSED}))
-"""  # noqa: S608
+    WITH removed AS (
+        DELETE FROM pgnotify_event_log AS e
+        WHERE e.id > %(after)s AND e.id <= %(end)s
+          AND e.created_at < statement_timestamp() - %(retention)s
+          AND (e.created_at < statement_timestamp() - %(limit)s
+               OR NOT EXISTS (SELECT FROM pgnotify_consumer AS c WHERE {_NOT_PASSED}))
+        RETURNING e.id, e.topic, e.xid, e.created_at
+    ), lost AS (
+        SELECT c.id, count(*) AS events, min(e.created_at) AS since, max(e.created_at) AS until
+        FROM removed AS e JOIN pgnotify_consumer AS c ON {_NOT_PASSED}
+        WHERE e.created_at < statement_timestamp() - %(limit)s
+        GROUP BY c.id
+    ), told AS (
+        UPDATE pgnotify_consumer AS consumer SET
+            gap_cause = %(cause)s,
+            gap_events = gap_events + lost.events,
+            gap_since = least(gap_since, lost.since),
+            gap_until = greatest(gap_until, lost.until)
+        FROM lost WHERE consumer.id = lost.id
+        RETURNING consumer.name, lost.events
+    )
+    SELECT '' AS name, count(*) FROM removed UNION ALL SELECT name, events FROM told ORDER BY name
+"""  # noqa: S608 - put together from constants
 
 
 def logged_topics(topics: Iterable[str], using: str) -> list[str]:
@@ -139,13 +145,11 @@ class LogPruner:
             if end is None:
                 return Pruned(0, 0, False)
             params["end"] = end
-            if limit is not None:
-                cursor.execute(_LOST, params)
-                for name, events in cursor.fetchall():
-                    logger.error(
-                        "Consumer %s lost %d event(s) older than PGNOTIFY_LOG_LIMIT", name, events
-                    )
             cursor.execute(_DELETE, params)
-            removed = cursor.rowcount
+            (_, removed), *lost = cursor.fetchall()
+            for name, events in lost:
+                logger.error(
+                    "Consumer %s lost %d event(s) older than PGNOTIFY_LOG_LIMIT", name, events
+                )
         self._after = end
         return Pruned(removed, examined, bool(all_old) and examined == batch)

@@ -26,7 +26,7 @@ from ..registry import Receiver, Subscription
 from ..stats import Stats
 from .log import reason
 from .shares import PATIENCE, decide
-from .state import register
+from .state import create, register
 from .worker import Observe, Worker
 
 logger = logging.getLogger("django_pgnotify.durable")
@@ -41,6 +41,8 @@ _CANDIDATES = """
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     GROUP BY 1
 """
+
+_TOPICS = "SELECT name, topics FROM pgnotify_consumer WHERE name = ANY (%s)"
 
 _TROUBLE = (psycopg.Error, DatabaseError, InterfaceError, OSError)
 
@@ -74,6 +76,7 @@ class Consumers:
         self._workers: dict[str, Worker] = {}
         self._waited: dict[str, int] = {}
         self._kept_until: dict[str, float] = {}
+        self._left: set[str] = set()
         self._stopping = threading.Event()
         self._registered: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -143,9 +146,10 @@ class Consumers:
             self._stopping.wait(pauses.next())
 
     def _share(self, pauses: Backoff) -> None:
+        # Only at the start: what has changed since then is the word of code that started later.
+        make = create if self._registered is None else register
         for receiver, streams in self._entries.values():
-            topics = list(dict.fromkeys(one.topic for one in streams))
-            register(receiver.uid, topics, receiver.start, self._using)
+            make(receiver.uid, _topics(streams), receiver.start, self._using)
         connections[self._using].close()
         params = {"application_name": "pglisten consumers", **connection_params(self._locks)}
         with psycopg.connect(
@@ -156,6 +160,7 @@ class Consumers:
             keys = {name: _Keys(int(table), name) for name in self._entries}
             for key in keys.values():
                 connection.execute("SELECT pg_advisory_lock_shared(%s)", [key.candidate])
+            self._left = set()
             if self._registered is not None:
                 self._loop.call_soon_threadsafe(self._registered)
                 self._registered = None
@@ -168,9 +173,11 @@ class Consumers:
 
     def _look(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
         self._bury(connection, keys)
+        self._leave(connection, keys)
+        keys = {name: key for name, key in keys.items() if name not in self._left}
         counts = dict(connection.execute(_CANDIDATES).fetchall())
         wanted = {name: counts.get(key.candidate, 1) for name, key in keys.items()}
-        held = {worker.receiver.uid for worker in self._running()}
+        held = {worker.receiver.uid for worker in self._running()} - self._left
         take, let_go = decide(wanted, held, self._waited)
         for name in let_go:
             if time.monotonic() >= self._kept_until.get(name, 0.0):
@@ -186,6 +193,29 @@ class Consumers:
             if self._waited.get(name, 0) > PATIENCE:
                 self._kept_until[name] = time.monotonic() + KEPT
             self._begin(name)
+
+    def _leave(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
+        """Leave consumers to others while they have topics that this process does not read."""
+        left = set()
+        for name, topics in connection.execute(_TOPICS, [list(keys)]).fetchall():
+            mine = _topics(self._entries[name][1])
+            if set(topics) <= set(mine):
+                continue
+            left.add(name)
+            if name not in self._left:
+                logger.warning(
+                    "Consumer %s is left to others: code that started later has it read %s, this "
+                    "process only %s; restart pglisten with that code",
+                    name,
+                    topics,
+                    mine,
+                )
+                connection.execute("SELECT pg_advisory_unlock_shared(%s)", [keys[name].candidate])
+                if (worker := self._workers.get(name)) is not None:
+                    worker.stop()
+        for name in self._left - left:
+            connection.execute("SELECT pg_advisory_lock_shared(%s)", [keys[name].candidate])
+        self._left = left
 
     def _begin(self, name: str) -> None:
         receiver, streams = self._entries[name]
@@ -220,6 +250,10 @@ class Consumers:
             worker.join()
         with self._guard:
             self._workers.clear()
+
+
+def _topics(streams: Sequence[Subscription]) -> list[str]:
+    return list(dict.fromkeys(one.topic for one in streams))
 
 
 class _Keys:

@@ -7,17 +7,23 @@ the lock without noticing, or an operator's change, makes the write fail, and no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from django.db import connections, transaction
+from django.db.models import F, QuerySet
 
-from .cursor import BEGINNING, Cursor, Logged
+from .cursor import BEGINNING, Cursor, Logged, put_restored_behind
 from .epoch import current_epoch
 
+if TYPE_CHECKING:
+    from ..models import Consumer
+
 _CLAIM = """
-    UPDATE pgnotify_consumer SET claim = claim + 1, holder = %s WHERE name = %s
+    UPDATE pgnotify_consumer SET claim = claim + 1, holder = %s
+    WHERE name = %s AND topics <@ coalesce(%s::jsonb, topics)
     RETURNING id, claim, revision, snapshot, target, position, epoch
 """
 _CONTROL = """
@@ -48,7 +54,8 @@ _PARK = """
 """
 # A letter whose key has an earlier one that is not due yet is not due either.
 _DUE = """
-    SELECT d.id, d.event_id, d.topic, d.key, d.source, d.body, d.published_at, d.attempts
+    SELECT d.retry_at, d.id, d.event_id, d.topic, d.key, d.source, d.body, d.published_at,
+        d.attempts
     FROM pgnotify_dead_letter AS d
     WHERE d.consumer_id = %(id)s AND d.retry_at <= statement_timestamp() AND NOT EXISTS (
         SELECT FROM pgnotify_dead_letter AS earlier
@@ -60,6 +67,11 @@ _DUE = """
 _NEXT_DUE = """
     SELECT extract(epoch FROM min(retry_at) - statement_timestamp())::float8
     FROM pgnotify_dead_letter WHERE consumer_id = %s AND retry_at > statement_timestamp()
+"""
+# One that was asked for again meanwhile stays.
+_DONE = """
+    DELETE FROM pgnotify_dead_letter
+    WHERE id = ANY (%s::bigint[]) AND retry_at = ANY (%s::timestamptz[])
 """
 _FAILED_AGAIN = """
     UPDATE pgnotify_dead_letter
@@ -131,29 +143,53 @@ class Verdict(NamedTuple):
 
 
 def register(name: str, topics: Sequence[str], start: str, using: str) -> None:
-    """Make sure that there is a consumer ``name``; a new one begins at ``start``.
+    """Make sure that there is a consumer ``name``, and that it reads ``topics`` from now on.
+
+    Its cursor is past all of its topics at once. So whoever reads less of them, because it runs
+    older code, cannot move it any more.
 
     Raises:
         django.db.Error: the database could not be reached, or has no such table.
     """
+    known = create(name, topics, start, using)
+    if known is not None and set(known) != set(topics):
+        rows = _consumers(using).filter(name=name)
+        rows.update(topics=list(topics), revision=F("revision") + 1)
+        put_restored_behind(topics, using)
+
+
+def create(name: str, topics: Sequence[str], start: str, using: str) -> list[str] | None:
+    """Make sure that there is a consumer ``name``; a new one begins at ``start``.
+
+    Returns:
+        The topics of one that there was; they stay as they are.
+
+    Raises:
+        django.db.Error: the database could not be reached, or has no such table.
+    """
+    consumers = _consumers(using)
+    known: list[str] | None = consumers.filter(name=name).values_list("topics", flat=True).first()
+    if known is not None:
+        return known
+    put_restored_behind(topics, using)
+    consumers.bulk_create(
+        [
+            consumers.model(
+                name=name,
+                topics=list(topics),
+                snapshot=BEGINNING if start == "beginning" else current_snapshot(using),
+                epoch=str(current_epoch(using)),
+            )
+        ],
+        ignore_conflicts=True,
+    )
+    return None
+
+
+def _consumers(using: str) -> QuerySet[Consumer]:
     from ..models import Consumer  # models are not importable before the apps are loaded
 
-    consumers = Consumer.objects.using(using)
-    known = consumers.filter(name=name).values_list("topics", flat=True).first()
-    if known is None:
-        consumers.bulk_create(
-            [
-                Consumer(
-                    name=name,
-                    topics=list(topics),
-                    snapshot=BEGINNING if start == "beginning" else current_snapshot(using),
-                    epoch=str(current_epoch(using)),
-                )
-            ],
-            ignore_conflicts=True,
-        )
-    elif known != list(topics):
-        consumers.filter(name=name).update(topics=list(topics))
+    return Consumer.objects.using(using)
 
 
 def current_snapshot(using: str) -> str:
@@ -178,12 +214,18 @@ class ConsumerState:
         self.paused = False
         """Whether it was paused when it was last looked at, or moved."""
         self._id = self._claim = self._revision = 0
+        self._due: dict[int, datetime] = {}
 
-    def claim(self, holder: str) -> Claim:
-        """Begin to run it: from here on, whoever ran it before cannot write any more."""
-        rows = self._execute(_CLAIM, holder, self.name)
+    def claim(self, holder: str, topics: Sequence[str] | None = None) -> Claim:
+        """Begin to run it: from here on, whoever ran it before cannot write any more.
+
+        Args:
+            topics: what will be read. Of a consumer that has others too, nothing may be moved.
+        """
+        read = None if topics is None else json.dumps(list(topics))
+        rows = self._execute(_CLAIM, holder, self.name, read)
         if not rows:
-            raise CursorLost(f"there is no consumer {self.name!r}")
+            raise CursorLost(f"there is no consumer {self.name!r} that reads no other topics")
         number, claim, revision, snapshot, target, position, epoch = rows[0]
         self._id, self._claim, self._revision = number, claim, revision
         return Claim(number, claim, revision, Cursor(snapshot, target, position), epoch)
@@ -232,7 +274,9 @@ class ConsumerState:
         """The first of those that are due, by id of the event."""
         with connections[self.using].cursor() as cursor:
             cursor.execute(_DUE, {"id": self._id, "limit": limit})
-            return [Letter(*row) for row in cursor.fetchall()]
+            rows = cursor.fetchall()
+        self._due = {letter: due for due, letter, *_ in rows}
+        return [Letter(*row) for _, *row in rows]
 
     def next_letter_in(self) -> float | None:
         """Seconds until the next one is due, None if none is waiting."""
@@ -245,19 +289,23 @@ class ConsumerState:
             if self._write(_SETTLE, len(done), self._id, self._claim) != 1:
                 raise CursorLost("it was claimed by another process")
             if done:
-                self._write("DELETE FROM pgnotify_dead_letter WHERE id = ANY (%s)", list(done))
+                self._write(_DONE, list(done), [self._due.get(letter) for letter in done])
             for letter, attempts, retry_in, error in failed:
                 self._write(_FAILED_AGAIN, attempts, retry_in, error, letter)
 
     # -- gaps and epochs ------------------------------------------------------------------------
 
-    def gap_told(self) -> None:
-        """The receiver has heard of the gap."""
+    def gap_told(self, told: Control) -> None:
+        """The receiver has heard of this gap; of one that has grown meanwhile it is yet to hear."""
         self._write(
             "UPDATE pgnotify_consumer SET gap_cause = '', gap_since = NULL, gap_until = NULL "
-            "WHERE id = %s AND claim = %s",
+            "WHERE id = %s AND claim = %s AND gap_cause = %s "
+            "AND gap_since IS NOT DISTINCT FROM %s AND gap_until IS NOT DISTINCT FROM %s",
             self._id,
             self._claim,
+            told.gap_cause,
+            told.gap_since,
+            told.gap_until,
         )
 
     def stop_for_resync(self, cause: str) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from django.db import transaction
+from django.db import connections, transaction
 
 from .entries import Entry
 from .state import CursorLost, Parked
@@ -38,9 +38,26 @@ class _Attempt:
         self.using = using
         self.committed = False
         self.begun = 0
+        self._raw: Any = None
 
     def note_commit(self) -> None:
         self.committed = True
+
+    def note_done(self) -> None:
+        """Only the COMMIT is left."""
+        self._raw = connections[self.using].connection
+
+    def check_doubt(self, exc: BaseException) -> None:
+        """Django drops a connection that does not answer a COMMIT, nor the ROLLBACK behind it.
+
+        Raises:
+            CursorLost: so it was. Whoever claims the consumer anew waits for the row that the
+                transaction has locked, and then reads what became of it.
+        """
+        raw = self._raw
+        if raw is not None and (connections[self.using].connection is not raw or raw.closed):
+            problem = "the connection was lost during a COMMIT, which may have taken place"
+            raise CursorLost(problem) from exc
 
 
 def run_in_transactions(
@@ -52,7 +69,8 @@ def run_in_transactions(
         How many have been dealt with, and which of them are parked.
 
     Raises:
-        CursorLost: somebody else runs the consumer; nothing was done.
+        CursorLost: somebody else runs the consumer, and nothing was done; or nobody can know
+            whether it was.
         django.db.Error: the database cannot be used; nothing was done.
     """
     if waiting[0].event is None:
@@ -76,6 +94,7 @@ def run_in_transactions(
         if attempt.committed:
             _log_hook(worker, exc)
             return attempt.begun, []
+        attempt.check_doubt(exc)
         worker.one_by_one = attempt.begun
         return 0, []
 
@@ -97,6 +116,7 @@ def _together(
                 break
         cursor = page.after(batch[attempt.begun - 1].logged)
         worker.state.move(cursor, attempt.begun - len(parked), parked)
+        attempt.note_done()
     return attempt.begun, parked
 
 
@@ -126,7 +146,8 @@ def in_transaction(worker: Worker, handle: Callable[[], None]) -> BaseException 
     """Run ``handle`` in a transaction; returns what it failed with, its work undone.
 
     Raises:
-        CursorLost: somebody else runs the consumer; nothing was done.
+        CursorLost: somebody else runs the consumer, and nothing was done; or nobody can know
+            whether it was.
     """
     for number in range(1, CONFLICT_ATTEMPTS + 1):
         attempt = _Attempt(worker.using)
@@ -134,12 +155,14 @@ def in_transaction(worker: Worker, handle: Callable[[], None]) -> BaseException 
             with transaction.atomic(worker.using):
                 transaction.on_commit(attempt.note_commit, worker.using)
                 handle()
+                attempt.note_done()
         except CursorLost:
             raise
         except BaseException as exc:  # noqa: BLE001 - a receiver's failure, whatever it is
             if attempt.committed:
                 _log_hook(worker, exc)
                 return None
+            attempt.check_doubt(exc)
             if number < CONFLICT_ATTEMPTS and _is_conflict(exc):
                 continue
             return exc

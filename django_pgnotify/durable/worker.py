@@ -29,7 +29,7 @@ from .entries import Entry, prepare
 from .epoch import Epoch, current_epoch
 from .letters import run_letters
 from .log import reason, storable
-from .state import Claim, ConsumerState, Control, CursorLost, Parked, register
+from .state import Claim, ConsumerState, Control, CursorLost, Parked, create
 from .transactional import run_in_transactions
 
 logger = logging.getLogger("django_pgnotify.durable")
@@ -141,8 +141,8 @@ class Worker:
             connections.close_all()
 
     def _consume(self, pauses: Backoff) -> None:
-        register(self.receiver.uid, self.topics, self.receiver.start, self.using)
-        claim = self.state.claim(conf.source)
+        create(self.receiver.uid, self.topics, self.receiver.start, self.using)
+        claim = self.state.claim(conf.source, self.topics)
         self._check_epoch(claim)
         self.reader.reset()
         cursor = claim.cursor
@@ -361,7 +361,7 @@ class Worker:
                     signals.receiver_failed.send_robust(
                         self.receiver.func, event=gap, exception=exc, attempt=1, will_retry=False
                     )
-        self.state.gap_told()
+        self.state.gap_told(control)
 
     # -- the rest -------------------------------------------------------------------------------
 

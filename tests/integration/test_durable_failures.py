@@ -29,7 +29,9 @@ from tests.integration.durable import (
     wake,
     write,
 )
-from tests.integration.recording import Gate, Recorder, failures, query, stats
+from tests.integration.recording import Gate, Recorder, alias_at, failures, query, stats
+from tests.integration.redirecting import new_connections
+from tests.proxy import TCPProxy
 from tests.testapp.models import Sku, Tag
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -357,6 +359,58 @@ def test_a_deadlock_is_tried_again_at_once() -> None:
     assert told == []
     assert letters() == []
     assert Tag.objects.count() == 1
+
+
+HELD = 471100
+"""Number of an advisory lock."""
+
+
+@pytest.fixture
+def _commits_wait() -> Iterator[None]:
+    """A COMMIT of new tags waits while somebody has the lock ``HELD``."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "CREATE FUNCTION wait_before_commit() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN PERFORM pg_advisory_xact_lock({HELD}); RETURN NULL; END $$;"
+            " CREATE CONSTRAINT TRIGGER wait_before_commit AFTER INSERT ON testapp_tag"
+            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait_before_commit()"
+        )
+    yield
+    with connection.cursor() as cursor:
+        cursor.execute("DROP FUNCTION wait_before_commit CASCADE")
+
+
+@pytest.mark.usefixtures("_commits_wait", "_soon")
+@pytest.mark.parametrize("failed", [0, 1, 2], ids=["in a batch", "alone", "tried again"])
+def test_a_commit_whose_answer_is_lost_has_nothing_done_twice(
+    failed: int, proxy: TCPProxy, settings: Any
+) -> None:
+    calls = Recorder()
+
+    def work(event: Event) -> None:
+        calls(event)
+        if len(calls.events) <= failed:
+            raise ValueError
+        Tag.objects.create(name=f"{event.data} {len(calls.events)}")
+
+    waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND NOT granted"
+    consume(work, transactional=True, retries=1)
+    with alias_at("direct") as direct, other_session() as other:
+        settings.PGNOTIFY_LISTEN_DATABASE = direct
+        other.execute("SELECT pg_advisory_lock(%s)", [HELD])
+        with new_connections(HOST=proxy.host, PORT=str(proxy.port)), running_listener():
+            publish(LEDGER, "x")
+            until(lambda: len(query(waiting, HELD)) == 1)
+            proxy.swallow()
+            other.execute("SELECT pg_advisory_unlock(%s)", [HELD])
+            until(Tag.objects.exists)
+            proxy.end_swallowing(reset=True)
+            publish(LEDGER, "y")
+            until(Tag.objects.filter(name__startswith="y").exists)
+    names = list(Tag.objects.order_by("id").values_list("name", flat=True))
+    assert names == [f"x {failed + 1}", f"y {failed + 2}"]
+    assert letters() == []
+    assert stored().handled == 2
 
 
 # -- whoever lost the consumer must not write -----------------------------------------------------

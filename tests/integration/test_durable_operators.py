@@ -15,7 +15,7 @@ import pytest
 from django.contrib.auth.models import User
 from django.contrib.messages import get_messages
 from django.core.management import CommandError, call_command
-from django.db import ProgrammingError, connection
+from django.db import ProgrammingError, connection, transaction
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -29,7 +29,17 @@ from django_pgnotify.exceptions import InvalidArgument, UnknownConsumer
 from django_pgnotify.models import Consumer, LoggedEvent
 from django_pgnotify.registry import Registry, registry
 from django_pgnotify.testing import running_listener
-from tests.integration.durable import LEDGER, Picky, consume, letters, register, stored, until
+from tests.integration.durable import (
+    LEDGER,
+    Picky,
+    consume,
+    letters,
+    other_session,
+    register,
+    stored,
+    until,
+    write,
+)
 from tests.integration.recording import DEADLINE, Gate, Recorder, query
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -332,6 +342,40 @@ def test_a_stretch_of_time_or_chosen_events_are_delivered_again_to_one_consumer(
     assert bystander.data == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_replay_is_due_at_once_though_the_clock_of_who_asks_for_it_is_fast(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    publish(LEDGER, 1)
+    consumers.reset("ledger", "now")
+    fast = timezone.now() + timedelta(days=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(timezone, "now", lambda: fast)
+        assert consumers.replay("ledger", since=datetime(2020, 1, 1, tzinfo=UTC)) == 1
+    with running_listener():
+        recorder.wait_for(1)
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+def test_a_replay_of_an_event_that_is_being_replayed_is_not_lost(transactional: bool) -> None:
+    heard = Recorder()
+
+    def replay_once_more(event: Event) -> None:
+        heard(event)
+        if len(heard.events) == 2:
+            consumers.replay("ledger", since=datetime(2020, 1, 1, tzinfo=UTC))
+
+    consume(replay_once_more, transactional=transactional)
+    with running_listener():
+        publish(LEDGER, 1)
+        heard.wait_for(1)
+        until(lambda: stored().handled == 1)
+        consumers.replay("ledger", since=datetime(2020, 1, 1, tzinfo=UTC))
+        heard.wait_for(3)
+        until(lambda: letters() == [])
+    assert heard.data == [1, 1, 1]
+
+
 def test_a_replay_needs_to_be_told_which_events(recorder: Recorder) -> None:
     register()
     with pytest.raises(InvalidArgument, match="Say which events"):
@@ -424,6 +468,56 @@ def test_beyond_the_limit_events_go_and_the_consumer_is_told_of_the_gap() -> Non
     assert timedelta(days=30) < timezone.now() - since < timedelta(days=32)
     assert [event.data for event in rest] == [3, 4]
     assert (stored().gap_events, stored().gap_cause) == (3, "")
+
+
+def test_events_that_go_while_a_gap_is_told_are_told_of_too(settings: Any) -> None:
+    settings.PGNOTIFY_SWEEP_INTERVAL = 0.05
+    heard = Recorder()
+
+    def lose_more(event: Event) -> None:
+        if not heard.events:
+            age(24 * 32)
+            LogPruner("default").run()
+        heard(event)
+
+    consume(lose_more, on_gap=True)
+    register()
+    publish_many(LEDGER, range(2))
+    age(24 * 40, id=LoggedEvent.objects.order_by("id").values_list("id", flat=True)[0])
+    LogPruner("default").run()
+    with running_listener():
+        heard.wait_for(2)
+        until(lambda: stored().gap_cause == "")
+    assert [event.action for event in heard.events] == ["gap", "gap"]
+    untils = [datetime.fromisoformat(event.data["until"]) for event in heard.events]
+    assert timedelta(days=7) < untils[1] - untils[0] < timedelta(days=9)
+    assert stored().gap_events == 2
+
+
+def test_what_commits_while_events_are_removed_stays_until_it_is_counted_too() -> None:
+    consume(Recorder())
+    register()
+    with other_session() as late, other_session() as holder:
+        write(late, "1")
+        late.execute("UPDATE pgnotify_event_log SET created_at = created_at - interval '31 days'")
+        publish_many(LEDGER, range(2, 6))
+        age(24 * 31)
+        holder.execute("SELECT FROM pgnotify_consumer FOR UPDATE")
+        with ThreadPoolExecutor(1) as threads:
+            pruning = threads.submit(_prune)
+            until(lambda: bool(query("SELECT FROM pg_locks WHERE NOT granted")))
+            late.commit()
+            holder.commit()
+            assert pruning.result(DEADLINE) == stored().gap_events == 4
+    assert _prune() == 1
+    assert stored().gap_events == 5
+
+
+def _prune() -> int:
+    try:
+        return LogPruner("default").run().removed
+    finally:
+        connection.close()
 
 
 def test_a_run_looks_at_a_bounded_number_of_rows_and_the_next_goes_on(
@@ -602,6 +696,95 @@ def test_a_promoted_server_is_told_as_a_gap_and_delivery_goes_on() -> None:
         heard.wait_for(2)
     assert [event.action for event in heard.events] == ["gap", "published"]
     assert "timeline" in heard.events[0].data["cause"]
+
+
+def restored(*data: int) -> None:
+    """Events with transaction ids that this server has yet to come to, as a dump brings them."""
+    rows = query(
+        "INSERT INTO pgnotify_event_log (topic, source, body, xid)"
+        " SELECT 'ledger', 'psql', json_build_object('data', number)::text, '900000000000'"
+        " FROM unnest(%s::int[]) AS number RETURNING id",
+        list(data),
+    )
+    assert len(rows) == len(data)
+
+
+def from_elsewhere() -> None:
+    """Have all consumers wait, with a cursor that another server has given them."""
+    Consumer.objects.update(snapshot="900900000000:900900000000:", resync="restored")
+
+
+def test_events_restored_from_a_server_that_was_further_on_are_not_new_again_and_again(
+    recorder: Recorder, settings: Any
+) -> None:
+    settings.PGNOTIFY_SWEEP_INTERVAL = 0.01
+    with running_listener():
+        restored(*range(5))
+        for number in range(10, 20):
+            publish(LEDGER, number)
+            recorder.wait_for(number - 9)
+    assert recorder.data == list(range(10, 20))
+
+
+@pytest.mark.parametrize("count", [5, 1500])
+def test_a_reset_skips_or_repeats_what_was_restored_from_a_server_that_was_further_on(
+    recorder: Recorder, count: int
+) -> None:
+    register()
+    restored(*range(count))
+    age(2)
+    restored(-1, -2)
+    from_elsewhere()
+    with running_listener():
+        consumers.reset("ledger", "now")
+        publish(LEDGER, "new")
+        recorder.wait_for(1)
+        assert recorder.data == ["new"]
+        until(lambda: lag_of(stored()).events == 0)
+        consumers.reset("ledger", timezone.now() - timedelta(hours=1))
+        recorder.wait_for(4)
+        assert recorder.data == ["new", -1, -2, "new"]
+        consumers.reset("ledger", "beginning")
+        recorder.wait_for(4 + count + 3)
+    assert recorder.data[4:] == [*range(count), -1, -2, "new"]
+
+
+def test_a_consumer_that_is_new_where_a_dump_was_restored_is_behind_it_or_gets_it_all() -> None:
+    restored(*range(3))
+    late, early = Recorder(), Recorder()
+    consume(late, "late")
+    consume(early, "early", start="beginning")
+    with running_listener():
+        publish(LEDGER, "new")
+        early.wait_for(4)
+        late.wait_for(1)
+        until(lambda: lag_of(stored("late")).events == 0)
+    assert early.data == [0, 1, 2, "new"]
+    assert late.data == ["new"]
+
+
+def test_what_is_published_in_the_transaction_of_a_reset_is_not_taken_for_restored(
+    recorder: Recorder,
+) -> None:
+    register()
+    with transaction.atomic():
+        publish(LEDGER, 1)
+        consumers.reset("ledger", "now")
+    with running_listener():
+        recorder.wait_for(1)
+
+
+def test_nothing_counts_as_passed_while_a_consumer_waits_with_the_cursor_of_another_server(
+    recorder: Recorder,
+) -> None:
+    register()
+    publish_many(LEDGER, range(3))
+    age(24 * 8)
+    from_elsewhere()
+    assert command("pgnotify_prune") == "0 event(s) removed from the log\n"
+    age(24 * 31)
+    assert command("pgnotify_prune") == "3 event(s) removed from the log\n"
+    assert stored().gap_events == 3
 
 
 # -- consumers exist from migrate on --------------------------------------------------------------
