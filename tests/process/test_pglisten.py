@@ -19,8 +19,14 @@ from django.core.management import call_command
 from django.db import connections
 
 from django_pgnotify import publish
+from django_pgnotify.publishing.store import store
 from example_project.embedded import EmbeddedPostgres
-from tests.integration.recording import backends_of_listeners, notify, terminate
+from tests.integration.recording import (
+    backends_of_listeners,
+    notify,
+    stored_events_locked,
+    terminate,
+)
 from tests.processes import DEADLINE, ROOT, Process, manage, run
 from tests.proxy import TCPProxy
 from tests.settings import database_url
@@ -206,6 +212,16 @@ def test_receivers_that_exceed_the_shutdown_timeout_are_given_up_with_status_1(
         assert process.terminate() == 1
         assert "did not finish in time" in process.stderr
     assert f"{name}-done" not in process.stdout
+
+
+def test_a_stored_event_that_cannot_be_fetched_does_not_outlast_the_shutdown_timeout() -> None:
+    [row] = store(['{"id":"x","action":"published","data":1}'], "default")
+    with pglisten("--shutdown-timeout", "0.2") as process, stored_events_locked() as wait_for_fetch:
+        notify("jobs", f'{{"pgnotify":1,"events":[{{"ref":{row}}}]}}', "behind it")
+        wait_for_fetch()
+        assert process.terminate() == 1
+        assert "did not finish in time" in process.stderr
+    assert "received job" not in process.stdout
 
 
 def test_once_handles_the_first_events_and_exits() -> None:

@@ -133,7 +133,8 @@ class Command(BaseCommand):
             waiting.cancel()
         if not drained:
             running = service.dispatcher.running + len(service.durable.held)
-            self._warn(f"gave up on {running} receiver(s) that did not finish in time")
+            what = f"{running} receiver(s)" if running else "stored events or receivers"
+            self._warn(f"gave up on {what} that did not finish in time")
             self.stdout.flush()
             # Their threads cannot be stopped, and a normal exit would wait for them.
             os._exit(1)
