@@ -8,18 +8,16 @@ sends is not part of anybody's transaction.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterable
-from multiprocessing.util import Finalize
 from typing import Any
 
 from django.db import Error, connections
 
+from ..at_end import at_end
 from ..backoff import Backoff
 from ..conf import conf
 from ..epochs.names import EVERYTHING, INVALIDATIONS
@@ -135,10 +133,7 @@ class Announcer:
             self._thread = None
         if not self._registered:
             self._registered = True
-            if multiprocessing.parent_process() is None:
-                atexit.register(self.close)
-            else:  # such a child ends without running exit handlers
-                Finalize(None, self.close, exitpriority=10)
+            at_end(self.close)
 
     # -- the thread -------------------------------------------------------------------------
 

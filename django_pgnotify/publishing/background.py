@@ -9,9 +9,7 @@ have arrived, so that is not repeated.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
 import os
 import selectors
 import threading
@@ -19,13 +17,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import groupby
-from multiprocessing.util import Finalize
 from operator import itemgetter
 from typing import Any
 
 from django.db import Error, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from ..at_end import at_end
 from ..backoff import Backoff
 from ..conf import conf
 from ..exceptions import PublishError
@@ -154,10 +152,7 @@ class BackgroundSender:
         self._thread, self._given_up = thread, None
         if not self._closes_at_exit:
             self._closes_at_exit = True
-            if multiprocessing.parent_process() is None:
-                atexit.register(self._close_at_exit)
-            else:  # such a child ends without running exit handlers
-                Finalize(None, self._close_at_exit, exitpriority=10)
+            at_end(self._close_at_exit)
         return True
 
     def _begin_anew(self) -> None:
