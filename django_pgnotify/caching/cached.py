@@ -115,6 +115,7 @@ class CachedFunction(Generic[P, R]):
         version: int | None,
     ) -> None:
         functools.update_wrapper(self, func)
+        self.__name__ = getattr(func, "__name__", repr(func))  # a partial has none
         self._func = func
         self._arguments = arguments
         self._make_key = key_maker(arguments, key)
@@ -123,7 +124,7 @@ class CachedFunction(Generic[P, R]):
         self._tags = tags
         self.cache = cache
         self._version = version
-        _functions.add(self)
+        _functions[id(self)] = self
         declare_use()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -169,12 +170,15 @@ class CachedFunction(Generic[P, R]):
         return names_of_dependencies(self._depends_on, ())
 
 
-_functions: weakref.WeakSet[CachedFunction[Any, Any]] = weakref.WeakSet()
+_functions: weakref.WeakValueDictionary[int, CachedFunction[Any, Any]]
+_functions = weakref.WeakValueDictionary()
 
 
 def cached_functions() -> list[CachedFunction[Any, Any]]:
     """Those of this process, for the system checks."""
-    return sorted(_functions, key=lambda function: function.__name__)
+    # valuerefs() is a copy made in one step: another thread may define one meanwhile.
+    found = [function for ref in _functions.valuerefs() if (function := ref()) is not None]
+    return sorted(found, key=lambda function: function.__name__)
 
 
 class CachedCoroutine(CachedFunction[P, R]):

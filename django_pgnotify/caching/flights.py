@@ -36,21 +36,21 @@ def fly(
 ) -> Any:
     """What ``load`` returns, or what ``look`` finds once somebody else has loaded."""
     # A loop's thread must not be held up, least of all by a task of that loop.
-    may_wait = rank < _flying.get() and not in_transaction() and not _has_loop()
-    other = None
-    if may_wait:
-        with _guard:
-            other = _flights.get(("sync", key))
-            if other is None:
-                mine = _flights["sync", key] = Future()
-    if not may_wait:
+    if rank >= _flying.get() or in_transaction() or _has_loop():
         return load()
-    if other is None:
-        with _lead(("sync", key), mine, rank):
-            return load()
+    key = ("sync", key)
+    mine: Future[None] = Future()
+    try:
+        other = _board(key, mine)
+        if other is None:
+            with _flies(rank):
+                return load()
+    finally:
+        _land(key, mine)
     try:
         other.result(TIMEOUT)
     except TimeoutError:
+        _forget(key, other)
         return load()
     found = look()
     return load() if found is MISSING else found
@@ -64,35 +64,57 @@ async def afly(
     rank: int = VALUE,
 ) -> Any:
     """As :func:`fly`. Tasks wait for tasks only: a thread might wait for their loop."""
-    other = None
     if rank >= _flying.get():
         return await load()
-    with _guard:
-        other = _flights.get(("async", key))
+    key = ("async", key)
+    mine: Future[None] = Future()
+    try:
+        other = _board(key, mine)
         if other is None:
-            mine = _flights["async", key] = Future()
-    if other is None:
-        with _lead(("async", key), mine, rank):
-            return await load()
+            with _flies(rank):
+                return await load()
+    finally:
+        _land(key, mine)
     try:
         async with asyncio.timeout(TIMEOUT):
             await asyncio.shield(asyncio.wrap_future(other))
     except TimeoutError:
+        _forget(key, other)
         return await load()
     found = await look()
     return await load() if found is MISSING else found
 
 
+def _board(key: Hashable, mine: Future[None]) -> Future[None] | None:
+    """Somebody else's flight with this key; where there is none, ours is noted."""
+    with _guard:
+        other = _flights.get(key)
+        if other is None or other.done():
+            _flights[key] = mine
+            return None
+        return other
+
+
+def _land(key: Hashable, mine: Future[None]) -> None:
+    # In this order: what a signal handler raises in between must not leave a flight in the air.
+    mine.set_result(None)
+    _forget(key, mine)
+
+
+def _forget(key: Hashable, flight: Future[None]) -> None:
+    """Let nobody wait for it any more."""
+    with _guard:
+        if _flights.get(key) is flight:
+            del _flights[key]
+
+
 @contextmanager
-def _lead(key: Hashable, flight: Future[None], rank: int) -> Iterator[None]:
+def _flies(rank: int) -> Iterator[None]:
     token = _flying.set(rank)
     try:
         yield
     finally:
         _flying.reset(token)
-        with _guard:
-            _flights.pop(key, None)
-        flight.set_result(None)
 
 
 def _has_loop() -> bool:

@@ -7,20 +7,18 @@ process that uses caches may fork.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
 import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from multiprocessing.util import Finalize
 from typing import Any
 
 from django.conf import settings
 from django.core.signals import request_finished
 from django.dispatch import receiver
 
+from ..at_end import at_end
 from ..epochs.clock import node_clock
 from ..epochs.counts import CountsFile
 from ..epochs.use import uses_epochs
@@ -118,8 +116,8 @@ def _write(table: str) -> None:
 
 def _register() -> None:
     global _registered
-    if not _registered and multiprocessing.parent_process() is not None:
-        Finalize(None, _at_exit, exitpriority=10)  # such a child runs no exit handlers
+    if not _registered:
+        at_end(_at_exit)
     _registered = True
 
 
@@ -154,8 +152,6 @@ def _forked() -> None:
     _due = _rests_until = 0
     _registered = False
 
-
-atexit.register(_at_exit)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)

@@ -144,11 +144,11 @@ class Dispatcher:
     def _put(self, lane: Lane, batch: Sequence[Event], size: int) -> None:
         # Once one event is dropped, so is all that follows, until the gap that tells of it is in.
         coalesced = lane.coalesced
-        refused = len(batch) if lane in self._overflowing else lane.put(batch, size)
+        refused = batch if lane in self._overflowing else lane.put(batch, size)
         if lane.coalesced > coalesced:
             self._stats.add("coalesced", lane.coalesced - coalesced)
         if refused:
-            self._overflow(lane, batch[-refused:])
+            self._overflow(lane, refused)
         self._runner.staff(lane)
 
     def _overflow(self, lane: Lane, refused: Sequence[Event]) -> None:

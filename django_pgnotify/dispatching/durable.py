@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..conf import conf
@@ -137,8 +138,9 @@ class DurableSide:
 
     def _handled(self, events: Sequence[Event]) -> None:
         only = [event for event in events if event.topic in self._only_woken]
-        if only and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._tell, only)
+        if only and self._loop is not None:
+            with suppress(RuntimeError):  # the loop has been closed
+                self._loop.call_soon_threadsafe(self._tell, only)
 
     def _tell(self, events: Sequence[Event]) -> None:
         if self._observe is not None:

@@ -71,8 +71,8 @@ class Lane:
         self._in_hand: set[Batch] = set()
         self._in_gap = False
 
-    def put(self, events: Sequence[Event], size: int = 0) -> int:
-        """Queue events in order; returns how many of the last ones there was no room for.
+    def put(self, events: Sequence[Event], size: int = 0) -> list[Event]:
+        """Queue events in order; returns those at the queue's end that there was no room for.
 
         Where there is too little room, updates of a row that is updated or deleted again later
         in the queue give way first.
@@ -80,26 +80,25 @@ class Lane:
         Args:
             size: bytes of payload the events came in.
         """
+        dropped: list[Event] = []
         if not events:
-            return 0
+            return dropped
         share = size // len(events)
         with self._lock:
             self._queue.append(_Waiting(events, share))
             self._waiting += len(events)
             self._bytes += share * len(events)
             if self._fits():
-                return 0
+                return dropped
             self._coalesce()
-            dropped = 0
-            while dropped < len(events) and self._queue and not self._fits():
+            while len(dropped) < len(events) and self._queue and not self._fits():
                 last = self._queue[-1]
                 if last.events[-1].action == "gap":
                     break  # it is there so that nothing is lost in silence
-                last.events.pop()
+                dropped.append(last.events.pop())
                 self._forget(1, last.share)
                 if not last.events:
                     self._queue.pop()
-                dropped += 1
             return dropped
 
     def put_gap(self, event: Event) -> None:

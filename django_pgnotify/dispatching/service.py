@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,7 +141,11 @@ class Service:
         if observe is not None:
             self._consumer = _Observed(self.dispatcher, observe)
         self._intake = Intake(
-            self.topics, conf.rows_database(self.using), self._consumer, self.stats
+            self.topics,
+            conf.rows_database(self.using),
+            self._consumer,
+            self.stats,
+            overflowed=self._overflowed,
         )
         self.feed: EpochFeed | None = None
         # Only who hears all that caches depend on can say that all of it was heard.
@@ -201,18 +206,22 @@ class Service:
         self.durable.start(self._ready)
         try:
             await self.listener.run()
-            await self._intake.settled()
         finally:
             for chore in chores:
                 chore.cancel()
             await asyncio.wait(chores)
             limit = conf.SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
-            drained = all(
-                await asyncio.gather(self.dispatcher.drain(limit), self.durable.close(limit))
-            )
+            drained = all(await asyncio.gather(self._finish(limit), self.durable.close(limit)))
             if self._health_file is not None:
                 self._health_file.unlink(missing_ok=True)
         return drained
+
+    async def _finish(self, limit: float) -> bool:
+        """Hand on and handle what was heard, within ``limit`` seconds altogether."""
+        begun = time.monotonic()
+        settled = await self._intake.settled(limit)
+        left = max(0.0, limit - (time.monotonic() - begun))
+        return await self.dispatcher.drain(left) and settled
 
     # -- sink of the listener -------------------------------------------------------------------
 

@@ -84,6 +84,8 @@ class BackgroundListener:
         self._wanted: frozenset[str] = frozenset()
         self._listened_to: frozenset[str] = frozenset()
         self._stopped = False
+        self._ended = False
+        """Whether nothing is heard any more, and all who were subscribed have been told, or are."""
         self._listener: Listener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="pgnotify-listener", daemon=True)
@@ -105,10 +107,15 @@ class BackgroundListener:
             self, channel, on_notifications, on_gap, on_end, on_proven, on_lost
         )
         with self._lock:
-            self._subscriptions.setdefault(channel, []).append(subscription)
-            if channel in self._listened_to:
-                subscription.established.set_result(None)
-        self._update()
+            ended = self._ended
+            if not ended:
+                self._subscriptions.setdefault(channel, []).append(subscription)
+                if channel in self._listened_to:
+                    subscription.established.set_result(None)
+        if not ended:
+            self._update()
+        elif on_end is not None:
+            self._call(on_end)
         return subscription
 
     def remove(self, subscription: Subscription) -> None:
@@ -135,7 +142,7 @@ class BackgroundListener:
 
     @property
     def alive(self) -> bool:
-        return self.pid == os.getpid() and self._thread.is_alive()
+        return self.pid == os.getpid() and self._thread.is_alive() and not self._ended
 
     @property
     def backend_pid(self) -> int | None:
@@ -164,6 +171,7 @@ class BackgroundListener:
             logger.exception("The background listener on database %r ended", self.using)
         finally:
             with self._lock:
+                self._ended = True
                 everybody = [entry for same in self._subscriptions.values() for entry in same]
             for subscription in everybody:
                 if subscription.on_end is not None:

@@ -10,10 +10,9 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, cast
 
-from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.core.exceptions import ValidationError
-from django.db import DatabaseError, close_old_connections
+from django.db import Error
 
 from .. import signing
 from ..conf import conf
@@ -23,6 +22,7 @@ from ..exceptions import FrameError
 from ..stats import Stats
 from ..wire import Reference, decode_frame, stored_body, wire_channel
 from .connection import Notification
+from .fetching import Fetcher
 
 logger = logging.getLogger("django_pgnotify.listening")
 
@@ -49,15 +49,27 @@ class _Pending(NamedTuple):
     source: str
 
 
+class _Missed(NamedTuple):
+    """What was dropped because a fetch took too long: since when, and whether as the leader."""
+
+    since: datetime
+    as_leader: bool
+
+
 class Intake:
     """The sink of a listener that hears events.
+
+    While a stored event is being fetched, everything behind it waits here, in order: up to
+    ``PGNOTIFY_QUEUE_MAX_EVENTS`` frames and ``PGNOTIFY_QUEUE_MAX_BYTES`` of them. Further ones are
+    dropped into a gap.
 
     Args:
         topics: names of the topics listened to.
         using: alias that stored events are fetched from, and that events say they came from.
         consumer: what receives the events.
-        stats: ``received``, ``foreign``, ``broken`` and ``gaps`` are counted here.
+        stats: ``received``, ``foreign``, ``broken``, ``dropped`` and ``gaps`` are counted here.
         on_broken: told of what nobody can be told of: it was heard and could not be understood.
+        overflowed: told of the gap (since, until, cause) of what was dropped here.
     """
 
     def __init__(
@@ -67,16 +79,22 @@ class Intake:
         consumer: Consumer,
         stats: Stats,
         on_broken: Callable[[], None] | None = None,
+        overflowed: Callable[[datetime, datetime, str], None] | None = None,
     ) -> None:
         self._topics = {wire_channel(topic, conf.CHANNEL_PREFIX): topic for topic in topics}
         self._using = using
         self._consumer = consumer
         self._stats = stats
         self._on_broken = on_broken
+        self._overflowed = overflowed
         self._verify = signing.verify if conf.SIGNING else None
-        # While a stored event is being fetched, everything behind it waits here, in order.
         self._waiting: deque[Callable[[], Any]] = deque()
+        self._frames = self._bytes = 0
+        self._missed: _Missed | None = None
+        self._leads = False
         self._fetching: asyncio.Task[None] | None = None
+        self._fetching_since = datetime.now(UTC)
+        self._fetcher = Fetcher(using)
 
     @property
     def channels(self) -> frozenset[str]:
@@ -92,10 +110,27 @@ class Intake:
         self._on_broken = on_broken
 
     def notified(self, notifications: Sequence[Notification]) -> None:
-        if self._fetching is not None:
-            self._waiting.append(lambda: self._take(notifications))
-        else:
+        if self._fetching is None:
             self._take(notifications)
+            return
+        frames, size = len(notifications), sum(len(one.payload) for one in notifications)
+        # Once one is dropped, so is all that follows, until the gap that tells of it is in.
+        if (
+            self._missed is not None
+            or self._frames + frames > conf.QUEUE_MAX_EVENTS
+            or self._bytes + size > conf.QUEUE_MAX_BYTES
+        ):
+            self._drop(notifications)
+            return
+        self._frames += frames
+        self._bytes += size
+
+        def take() -> None:
+            self._frames -= frames
+            self._bytes -= size
+            self._take(notifications)
+
+        self._waiting.append(take)
 
     def gap(self, since: datetime | None, until: datetime, cause: str, *, for_leader: bool) -> None:
         self._stats.add("gaps")
@@ -110,16 +145,29 @@ class Intake:
         self._in_turn(lambda: self._consumer.gap(since, until, cause, for_leader=for_leader))
 
     def led(self, leader: bool) -> None:
+        self._leads = leader
         self._in_turn(lambda: self._consumer.led(leader))
 
     def in_turn(self, action: Callable[[], None]) -> None:
         """Do something once everything taken in so far has been handed on; at once, mostly."""
         self._in_turn(action)
 
-    async def settled(self) -> None:
-        """Wait until everything taken in so far has been handed on."""
-        while self._fetching is not None:
-            await asyncio.wait([self._fetching])
+    async def settled(self, timeout: float) -> bool:
+        """Wait until everything taken in so far has been handed on; whether it was in time."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self._fetching is not None:
+                    await asyncio.wait([self._fetching])
+        except TimeoutError:
+            logger.error(
+                "A stored event, and %d frame(s) behind it, dropped: not fetched within %g s",
+                self._frames,
+                timeout,
+            )
+            self._stats.add("dropped", self._frames)
+            self._waiting.clear()
+            return False
+        return True
 
     def _in_turn(self, action: Callable[[], None]) -> None:
         if self._fetching is not None:
@@ -130,10 +178,40 @@ class Intake:
     def _take(self, notifications: Sequence[Notification]) -> None:
         entries = self._decode(notifications)
         if _Pending in map(type, entries):
+            self._fetching_since = datetime.now(UTC)
             self._fetching = asyncio.create_task(self._fetch(entries), name="pgnotify-fetch")
         elif entries:
             size = sum(len(notification.payload) for notification in notifications)
             self._hand_on(entries, size)  # type: ignore[arg-type]
+
+    def _drop(self, notifications: Sequence[Notification]) -> None:
+        events = [one for one in self._decode(notifications) if isinstance(one, Event)]
+        # From when the first of them was published: we may have been late to read it.
+        since = min([self._fetching_since, *(event.published_at for event in events)])
+        self._stats.add("dropped", len(notifications))
+        if self._missed is None:
+            logger.error(
+                "A stored event is not fetched, and %d frame(s) wait for it: "
+                "what follows is dropped into a gap",
+                self._frames,
+            )
+            self._missed = _Missed(since, self._leads)
+            self._waiting.append(self._tell_missed)
+        else:
+            self._missed = _Missed(
+                min(since, self._missed.since), self._leads or self._missed.as_leader
+            )
+
+    def _tell_missed(self) -> None:
+        # All that was dropped came before now, whatever has queued up behind this meanwhile.
+        missed, self._missed = self._missed, None
+        assert missed is not None
+        until, cause = datetime.now(UTC), "a stored event took too long to fetch"
+        if self._overflowed is not None:
+            self._overflowed(missed.since, until, cause)
+        self.gap(missed.since, until, cause, for_leader=False)
+        if missed.as_leader:
+            self._consumer.gap(missed.since, until, cause, for_leader=True)
 
     def _hand_on(self, events: list[Event], size: int) -> None:
         if events:
@@ -215,23 +293,14 @@ class Intake:
         return events, sum(map(len, bodies.values()))
 
     async def _fetch_rows(self, ids: list[int]) -> dict[int, str]:
-        from ..publishing.store import fetch
-
-        def fetch_rows() -> dict[int, str]:
-            close_old_connections()
-            try:
-                return fetch(ids, self._using)
-            finally:
-                close_old_connections()
-
         for attempt in range(1, _FETCH_ATTEMPTS + 1):
             try:
-                return await sync_to_async(fetch_rows)()
-            except DatabaseError:
-                if attempt == _FETCH_ATTEMPTS:
+                return await self._fetcher.fetch(ids)
+            except Exception as exc:
+                if attempt == _FETCH_ATTEMPTS or not isinstance(exc, Error):
                     logger.exception("%d stored event(s) could not be fetched", len(ids))
-                else:
-                    await asyncio.sleep(0.2 * attempt)
+                    break
+                await asyncio.sleep(0.2 * attempt)
         return {}
 
     def _report(

@@ -8,18 +8,16 @@ sends is not part of anybody's transaction.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterable
-from multiprocessing.util import Finalize
 from typing import Any
 
 from django.db import Error, connections
 
+from ..at_end import at_end
 from ..backoff import Backoff
 from ..conf import conf
 from ..epochs.names import EVERYTHING, INVALIDATIONS
@@ -51,14 +49,14 @@ class Announcer:
     _changed: threading.Condition
     _names: dict[str, None]
     _doubtful: list[tuple[int, frozenset[str]]]
-    _busy: bool
+    _in_hand: int
     _ending: bool
     _thread: threading.Thread | None
-    _connection: Any
+    _used: dict[threading.Thread, Any]
 
     def __init__(self) -> None:
         self._inherited: list[Any] = []
-        self._connection = None
+        self._used = {}
         self._registered = False
         self._changed = threading.Condition()
         self._begin_anew()
@@ -86,7 +84,7 @@ class Announcer:
     def flush(self, timeout: float) -> bool:
         """Wait until everything put so far has been sent; tells whether it was."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._has_work() and not self._busy, timeout)
+            return self._changed.wait_for(self._is_done, timeout)
 
     def close(self, timeout: float = EXIT_TIMEOUT) -> None:
         """Send what waits, within ``timeout`` seconds, and end the thread. It may be used again."""
@@ -96,28 +94,35 @@ class Announcer:
         if thread is not None:
             thread.join(timeout)
         with self._changed:
-            left = len(self._names) + sum(len(names) for _, names in self._doubtful)
+            if thread is not None and self._thread is not thread:
+                self._ending = False
+                return  # put() has started another one, because this one had ended
+            left = self._in_hand + _count(self._names, self._doubtful)
             if left:
                 logger.error("%d invalidation(s) could not be told to other nodes", left)
             self._begin_anew()
+            self._changed.notify_all()
 
     def _begin_anew(self) -> None:
         self._names = {}
         self._doubtful = []
-        self._busy = self._ending = False
-        self._thread = None
+        self._in_hand = 0
+        self._ending = False
+        self._thread = None  # one that still runs sees that it was given up
 
     def _forked(self) -> None:
         """In a child: what waits is the parent's to send, and so is its connection."""
-        if self._connection is not None:
-            self._inherited.append(self._connection)
-            self._connection = None
+        self._inherited += self._used.values()
+        self._used = {}
         self._registered = False
         self._changed = threading.Condition()  # another thread of the parent may have held it
         self._begin_anew()
 
     def _has_work(self) -> bool:
         return bool(self._names or self._doubtful)
+
+    def _is_done(self) -> bool:
+        return not self._has_work() and not self._in_hand
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="pgnotify-announcer", daemon=True)
@@ -128,10 +133,7 @@ class Announcer:
             self._thread = None
         if not self._registered:
             self._registered = True
-            if multiprocessing.parent_process() is None:
-                atexit.register(self.close)
-            else:  # such a child ends without running exit handlers
-                Finalize(None, self.close, exitpriority=10)
+            at_end(self.close)
 
     # -- the thread -------------------------------------------------------------------------
 
@@ -144,42 +146,53 @@ class Announcer:
                     if not waited:
                         self._disconnect()
                         self._changed.wait_for(self._wakes)
+                    if self._is_given_up():
+                        return
                     if not self._has_work():
+                        self._thread = None
                         return
                     names, self._names = self._names, {}
                     doubtful, self._doubtful = self._doubtful, []
-                    self._busy = True
+                    self._in_hand = _count(names, doubtful)
+                waiting, again = doubtful, names
                 try:
-                    waiting = self._send(names, doubtful)
+                    waiting, again = self._send(names, doubtful), {}
                     backoff.reset()
                 except Exception as exc:
-                    waiting = doubtful
-                    with self._changed:
-                        self._names = names | self._names
                     if not isinstance(exc, Error):
                         logger.exception("Invalidations could not be announced")
                     else:
                         logger.warning("Invalidations wait for the database: %s", exc)
                     self._disconnect()
+                finally:
+                    with self._changed:
+                        if not self._is_given_up():  # else close() has told of them
+                            self._names = again | self._names
+                            self._doubtful += waiting
+                            self._in_hand = 0
+                            self._changed.notify_all()
                 with self._changed:
-                    self._doubtful += waiting
-                    self._busy = False
-                    self._changed.notify_all()
                     if self._has_work() and self._ending:
                         return
                     if self._has_work():
-                        self._changed.wait_for(lambda: self._ending, backoff.next())
+                        self._changed.wait_for(self._is_to_end, backoff.next())
         finally:
             self._disconnect()
 
+    def _is_given_up(self) -> bool:
+        return self._thread is not threading.current_thread()
+
+    def _is_to_end(self) -> bool:
+        return self._ending or self._is_given_up()
+
     def _wakes(self) -> bool:
-        return self._has_work() or self._ending
+        return self._has_work() or self._is_to_end()
 
     def _send(
         self, names: dict[str, None], doubtful: list[tuple[int, frozenset[str]]]
     ) -> list[tuple[int, frozenset[str]]]:
         """Announce names, and those in doubt whose outcome is settled; returns the others."""
-        connection = self._connection = connections[conf.DATABASE]
+        connection = self._used[threading.current_thread()] = connections[conf.DATABASE]
         if connection.vendor != "postgresql":
             return []  # nobody can be told, as a system check says
         connection.ensure_connection()
@@ -201,9 +214,13 @@ class Announcer:
         return waiting
 
     def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        connection = self._used.pop(threading.current_thread(), None)
+        if connection is not None:
+            connection.close()
+
+
+def _count(names: dict[str, None], doubtful: list[tuple[int, frozenset[str]]]) -> int:
+    return len(names) + sum(len(those) for _, those in doubtful)
 
 
 def _events(names: list[str]) -> list[Outgoing]:

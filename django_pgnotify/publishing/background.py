@@ -9,23 +9,21 @@ have arrived, so that is not repeated.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
 import os
-import select
+import selectors
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import groupby
-from multiprocessing.util import Finalize
 from operator import itemgetter
 from typing import Any
 
 from django.db import Error, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from ..at_end import at_end
 from ..backoff import Backoff
 from ..conf import conf
 from ..exceptions import PublishError
@@ -46,6 +44,9 @@ server and the listener with it, costs a process that saves without a pause more
 _BACKOFF_BASE = 0.1
 _BACKOFF_CAP = 5.0
 
+
+# poll() where there is one: select() takes small file numbers only.
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 _Part = tuple[str, Sequence[Noted]]
 """An alias and events for it."""
@@ -80,6 +81,8 @@ class BackgroundSender:
         with self._changed:
             if self._ended:
                 return False
+            if self._thread is not None and not self._thread.is_alive():
+                self._bury()
             room = max(0, conf.QUEUE_MAX_EVENTS - self._waiting)
             if events[:room]:
                 self._queue.append((using, events[:room]))
@@ -110,12 +113,18 @@ class BackgroundSender:
         if thread is not None:
             thread.join(timeout)
         with self._changed:
+            self._stopping = False
+            if self._thread is not thread:
+                return  # put() has started another one, because this one had ended
+            self._thread = None
             if thread is not None and thread.is_alive():
                 self._given_up = thread
+            elif not self._under_way and self._queue and self._start():
+                return  # they were put while the thread was ending
             left = [*self._under_way, *self._queue]
             self._queue, self._under_way = deque(), deque()
             self._waiting = 0
-            self._thread, self._stopping = None, False
+            self._changed.notify_all()  # flush() has nothing to wait for
         for using, events in left:
             late = PublishError(f"not done {timeout:g} s after the process was told to end")
             report_unsent(encoded(events), using, late)
@@ -124,6 +133,12 @@ class BackgroundSender:
         with self._changed:
             self._ended = True
         self.close()
+
+    def _bury(self) -> None:
+        """Make room for another thread: this one has ended, perhaps by an error."""
+        self._thread = None
+        self._waiting -= sum(len(events) for _, events in self._under_way)
+        self._under_way.clear()
 
     def _start(self) -> bool:
         thread = threading.Thread(
@@ -137,10 +152,7 @@ class BackgroundSender:
         self._thread, self._given_up = thread, None
         if not self._closes_at_exit:
             self._closes_at_exit = True
-            if multiprocessing.parent_process() is None:
-                atexit.register(self._close_at_exit)
-            else:  # such a child ends without running exit handlers
-                Finalize(None, self._close_at_exit, exitpriority=10)
+            at_end(self._close_at_exit)
         return True
 
     def _begin_anew(self) -> None:
@@ -204,6 +216,8 @@ class BackgroundSender:
             events = encoded(part)
             try:
                 self._connect(using)
+                if self._is_given_up():
+                    return
                 send_by_notify(events, using)
             except Exception as exc:  # noqa: BLE001 - reported; the commits stand
                 report_unsent(events, using, exc)
@@ -231,9 +245,9 @@ class BackgroundSender:
 
 def _has_ended(raw: Any) -> bool:
     """Whether the server has closed an idle connection: its socket has something to read."""
-    poll = select.poll()
-    poll.register(raw.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
+    with _Selector() as selector:
+        selector.register(raw.fileno(), selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 sender = BackgroundSender()

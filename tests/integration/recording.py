@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, Self
@@ -222,6 +223,24 @@ def terminate(pid: int | None) -> None:
     """End a backend, and wait for its end."""
     assert pid is not None
     assert query("SELECT pg_terminate_backend(%s, 5000)", pid) == [(True,)]
+
+
+@contextlib.contextmanager
+def stored_events_locked() -> Iterator[Callable[[], None]]:
+    """Until the end of the block nobody can fetch a stored event; call it to wait for who tries."""
+    with psycopg.connect(dsn()) as other:
+        other.execute("LOCK TABLE pgnotify_stored_event IN ACCESS EXCLUSIVE MODE")
+
+        def wait_for_a_fetch() -> None:
+            deadline = time.monotonic() + DEADLINE
+            while not other.execute(
+                "SELECT FROM pg_locks WHERE NOT granted"
+                " AND relation = 'pgnotify_stored_event'::regclass"
+            ).fetchall():
+                assert time.monotonic() < deadline
+
+        yield wait_for_a_fetch
+        other.rollback()
 
 
 def query(statement: str, *params: Any) -> list[tuple[Any, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from django_pgnotify.epochs.names import EVERYTHING, INVALIDATIONS
 from django_pgnotify.epochs.node import node_table
 from django_pgnotify.publishing import announcer as announcer_module
 from django_pgnotify.publishing.announcer import NAMES_PER_EVENT, Announcer
+from django_pgnotify.publishing.sender import send_by_notify
 from django_pgnotify.wire import decode_frame
 from tests.integration.caching import DEADLINE, near_caches, until
 from tests.integration.recording import dsn, query
@@ -144,6 +146,123 @@ def test_an_idle_announcer_keeps_no_connection(announcer: Announcer, ear: Ear) -
     until(lambda: connections() == before)
     announcer.put(["b"])
     until(lambda: ear.has_heard("b"))
+
+
+# -- close ------------------------------------------------------------------------------------
+
+
+class Held(Announcer):
+    """An announcer without a database, whose thread stops where the test wants it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._registered = True
+        self.sent: list[str] = []
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+        self.hangs = self.hangs_at_end = False
+        self.fails = False
+
+    def _send(
+        self, names: dict[str, None], doubtful: list[tuple[int, frozenset[str]]]
+    ) -> list[tuple[int, frozenset[str]]]:
+        if self.hangs:
+            self.wait()
+        if self.fails:
+            raise RuntimeError("as asked")
+        self.sent += names
+        return []
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self.go_on.wait(DEADLINE)
+
+    def _disconnect(self) -> None:
+        if self.hangs_at_end and self._ending:
+            self.wait()
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    one = Held()
+    yield one
+    one.go_on.set()
+    one.close(DEADLINE)
+
+
+def test_what_a_thread_has_in_hand_when_close_gives_up_is_told_and_not_put_back(
+    held: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    held.hangs = held.fails = True
+    held.put(["a", "b"])
+    held.put(["doubtful"], behind=1)
+    assert held.reached.wait(DEADLINE)
+    thread = held._thread
+    assert thread is not None
+    held.close(0.05)
+    assert "3 invalidation(s) could not be told" in caplog.text
+    held.hangs = held.fails = False
+    held.put(["c"])
+    assert held.flush(DEADLINE)
+    held.hangs = held.fails = True
+    held.go_on.set()
+    thread.join(DEADLINE)
+    assert not thread.is_alive()
+    assert held.sent == ["c"]
+    assert held.flush(0)
+
+
+def test_what_is_put_while_the_thread_ends_is_told_to_others(
+    held: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    held.put(["a"])
+    assert held.flush(DEADLINE)
+    held.hangs_at_end = True
+    closing = threading.Thread(target=held.close, args=(DEADLINE,))
+    closing.start()
+    assert held.reached.wait(DEADLINE)  # it has looked for the last time
+    held.hangs_at_end = False
+    held.put(["b"])
+    held.go_on.set()
+    closing.join(DEADLINE)
+    assert held.flush(DEADLINE)
+    assert held.sent == ["a", "b"]
+    assert "could not be told" not in caplog.text
+
+
+def test_an_orphan_does_not_close_its_successors_connection(
+    ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hang(events: Any, using: str) -> None:
+        if events[0] == "hangs":
+            reached.set()
+            assert go_on.wait(DEADLINE)
+        else:
+            send_by_notify(events, using)
+
+    def events_of(names: list[str]) -> list[Any]:
+        return ["hangs"] if names == ["a"] else real(names)
+
+    real = announcer_module._events
+    monkeypatch.setattr(announcer_module, "_events", events_of)
+    monkeypatch.setattr(announcer_module, "send_by_notify", hang)
+    one = Announcer()
+    one.put(["a"])
+    assert reached.wait(DEADLINE)
+    orphan = one._thread
+    assert orphan is not None
+    one.close(0.05)
+    one.put(["b"])
+    until(lambda: ear.has_heard("b"))
+    assert one.flush(DEADLINE)
+    go_on.set()
+    orphan.join(DEADLINE)
+    one.put(["c"])
+    until(lambda: ear.has_heard("c"))
+    one.close(DEADLINE)
+    assert ear.names == ["b", "c"]
 
 
 # Puts names and ends, or forks and lets the child do so.

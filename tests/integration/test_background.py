@@ -238,6 +238,35 @@ def test_stop_directly_after_start_ends_the_thread() -> None:
 # -- fork -------------------------------------------------------------------------------------
 
 
+def test_who_comes_while_a_listener_ends_is_told_so_or_given_another_one() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    ended: list[str] = []
+
+    def wait_and_note() -> None:
+        inside.set()
+        assert go_on.wait(DEADLINE)
+        ended.append("first")
+
+    dying = background_listener("default")
+    established(dying.subscribe("a", Heard(), on_end=wait_and_note))
+    assert dying._loop is not None
+    assert dying._listener is not None
+    dying._loop.call_soon_threadsafe(dying._listener.stop)
+    try:
+        assert inside.wait(DEADLINE)
+        late = dying.subscribe("a", Heard(), on_end=lambda: ended.append("late"))
+        assert ended == ["late"]
+        assert not late.alive
+        heard = Heard()
+        established(background_listener("default").subscribe("a", heard))
+        notify("a", "heard")
+        assert heard.next() == "heard"
+    finally:
+        go_on.set()
+        dying._thread.join(DEADLINE)
+    assert ended == ["late", "first"]
+
+
 def in_child(work: Callable[[], object]) -> None:
     """Run ``work`` in a forked child, and fail if it fails there."""
     read, write = os.pipe()

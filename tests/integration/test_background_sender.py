@@ -16,11 +16,12 @@ from pytest_django import Settings
 
 from django_pgnotify import apublish, publish, receiver
 from django_pgnotify.publishing import background
-from django_pgnotify.publishing.background import sender
+from django_pgnotify.publishing.background import BackgroundSender, sender
 from django_pgnotify.publishing.sender import send
 from django_pgnotify.registry import registry
 from django_pgnotify.stats import publishing_stats
 from django_pgnotify.testing import InMemoryBus, capture_events
+from django_pgnotify.wire import Outgoing
 from tests.integration.hearing import Ear, hearing, statements
 from tests.integration.recording import (
     DEADLINE,
@@ -637,3 +638,133 @@ def test_a_thread_that_cannot_be_started_breaks_no_save_and_is_tried_again(
             sender._thread = None  # nobody could join it
     assert data[-1] == 2
     assert len(data) + publishing_stats["publish_failed"] - failed == 2
+
+
+class Unconnected(BackgroundSender):
+    """A sender without a database, whose thread stops where the test wants it to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.sent: list[Any] = []
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+        self.fails = self.hangs = self.hangs_at_end = False
+        monkeypatch.setattr(background, "send_by_notify", self.keep)
+        monkeypatch.setattr(background, "connections", self)
+
+    def keep(self, events: Sequence[Any], using: str) -> None:
+        self.sent += [event.body for event in events]
+
+    def put_one(self, body: str) -> bool:
+        return self.put([Outgoing("jobs", None, body, 1)], "default")
+
+    def _connect(self, using: str) -> None:
+        if self.hangs:
+            self.wait()
+        if self.fails:
+            raise RuntimeError("as asked")
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self.go_on.wait(DEADLINE)
+
+    def close_all(self) -> None:
+        """As that of Django's connections, by the thread that ends."""
+        if self.hangs_at_end:
+            self.wait()
+
+
+@pytest.fixture
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> Iterator[Unconnected]:
+    one = Unconnected(monkeypatch)
+    one._closes_at_exit = True
+    yield one
+    one.go_on.set()
+    one.close(DEADLINE)
+
+
+def test_what_is_put_while_the_thread_ends_is_sent_and_not_told_as_unsent(
+    unconnected: Unconnected,
+) -> None:
+    failed = publishing_stats["publish_failed"]
+    unconnected.put_one("a")
+    assert unconnected.flush(DEADLINE)
+    unconnected.hangs_at_end = True
+    closing = threading.Thread(target=unconnected.close, args=(DEADLINE,))
+    closing.start()
+    assert unconnected.reached.wait(DEADLINE)  # it has looked for the last time
+    assert unconnected.put_one("b")
+    unconnected.hangs_at_end = False
+    unconnected.go_on.set()
+    closing.join(DEADLINE)
+    assert unconnected.flush(DEADLINE)
+    assert unconnected.sent == ["a", "b"]
+    assert publishing_stats["publish_failed"] == failed
+
+
+def test_what_is_put_once_the_thread_has_ended_is_left_alone_by_the_close_that_ended_it(
+    unconnected: Unconnected,
+) -> None:
+    failed = publishing_stats["publish_failed"]
+    unconnected.put_one("a")
+    assert unconnected.flush(DEADLINE)
+    thread = unconnected._thread
+    assert thread is not None
+
+    def join(timeout: float) -> None:
+        threading.Thread.join(thread, timeout)
+        assert unconnected.put_one("b")
+
+    thread.join = join  # type: ignore[method-assign, assignment]
+    unconnected.close(DEADLINE)
+    assert unconnected.flush(DEADLINE)
+    assert unconnected.sent == ["a", "b"]
+    assert publishing_stats["publish_failed"] == failed
+
+
+def test_a_flush_does_not_wait_for_what_close_has_given_up(unconnected: Unconnected) -> None:
+    unconnected.hangs = True
+    unconnected.put_one("a")
+    assert unconnected.reached.wait(DEADLINE)
+    flushed: list[bool] = []
+    flushing = threading.Thread(
+        target=lambda: flushed.append(unconnected.flush(10 * DEADLINE)), daemon=True
+    )
+    flushing.start()
+    wait_until(lambda: bool(unconnected._changed._waiters))  # type: ignore[attr-defined]
+    unconnected.close(0.05)
+    flushing.join(DEADLINE)
+    assert flushed == [True]
+
+
+def test_what_close_has_told_as_unsent_does_not_leave_later(unconnected: Unconnected) -> None:
+    failed = publishing_stats["publish_failed"]
+    unconnected.hangs = True
+    unconnected.put_one("a")
+    assert unconnected.reached.wait(DEADLINE)
+    unconnected.close(0.05)
+    assert publishing_stats["publish_failed"] == failed + 1
+    unconnected.hangs = False
+    unconnected.go_on.set()
+    unconnected.put_one("b")
+    assert unconnected.flush(DEADLINE)
+    assert unconnected.sent == ["b"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_has_died_is_replaced(
+    unconnected: Unconnected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("a handler of the log, as asked")
+
+    unconnected.fails = True
+    with monkeypatch.context() as patched:
+        patched.setattr(background, "report_unsent", fail)
+        unconnected.put_one("a")
+        [thread] = senders()
+        thread.join(DEADLINE)
+    unconnected.fails = False
+    assert unconnected.put_one("b")
+    assert unconnected.flush(DEADLINE)
+    assert unconnected.sent == ["b"]

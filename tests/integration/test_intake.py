@@ -9,9 +9,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import psycopg
 import pytest
-from django.db import connection, transaction
+from django.db import transaction
 from pytest_django import Settings
 
 from django_pgnotify import publish, receiver, signing
@@ -21,7 +20,8 @@ from django_pgnotify.publishing.store import store
 from django_pgnotify.registry import registry
 from django_pgnotify.testing import RunningListener, running_listener
 from django_pgnotify.wire import FramePacker, encode_event, reference_to
-from tests.integration.recording import DEADLINE, Recorder, dsn, notify
+from tests.integration.caching import until
+from tests.integration.recording import Recorder, notify, stored_events_locked, terminate
 from tests.testapp.models import Document, Membership, Order, Sku
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -235,45 +235,76 @@ def test_a_big_change_of_a_model_carries_its_fields(recorder: Recorder) -> None:
     assert recorder.events[0].pk == document.pk
 
 
-def test_what_follows_a_stored_event_that_is_being_fetched_waits_for_it_the_gap_included() -> None:
-    heard = Recorder()
+def stored(data: Any) -> str:
+    """A frame that refers to a stored event with this data."""
     big = encode_event(
-        "jobs", "published", data="x" * 50_000, at=time.time(), encoder=ENCODER, event_id="big"
+        "jobs", "published", data=data, at=time.time(), encoder=ENCODER, event_id="big"
     )
     [row] = store([big.body], "default")
-    reference = frame(json.loads(reference_to(big, row).body))
-    with registry.isolated(), psycopg.connect(dsn(), autocommit=True) as other:
+    return frame(json.loads(reference_to(big, row).body))
 
-        def tell(*payloads: str) -> None:
-            other.execute(
-                "SELECT pg_notify('jobs', payload) FROM unnest(%s::text[]) AS payload",
-                [list(payloads)],
-            )
 
-        def somebody_waits_for_the_table() -> bool:
-            waits = other.execute(
-                "SELECT 1 FROM pg_locks WHERE NOT granted"
-                " AND relation = 'pgnotify_stored_event'::regclass"
-            )
-            return waits.fetchone() is not None
+def data_or_gap(heard: Recorder) -> list[Any]:
+    return [one.data if one.action == "published" else "gap" for one in heard.events]
 
+
+def test_what_follows_a_stored_event_that_is_being_fetched_waits_for_it_the_gap_included() -> None:
+    heard = Recorder()
+    reference = stored("x" * 50_000)
+    with registry.isolated():
         receiver("jobs", on_gap=True)(heard)
         with running_listener() as listener:
-            with transaction.atomic():
-                # As long as the table is locked, the fetch waits.
-                with connection.cursor() as cursor:
-                    cursor.execute("LOCK TABLE pgnotify_stored_event IN ACCESS EXCLUSIVE MODE")
-                tell(reference, "behind it")
-                deadline = time.monotonic() + DEADLINE
-                while not somebody_waits_for_the_table():
-                    assert time.monotonic() < deadline
-                other.execute("SELECT pg_terminate_backend(%s, 5000)", [listener.backend_pid])
+            with stored_events_locked() as wait_for_a_fetch:
+                notify("jobs", reference, "behind it")
+                wait_for_a_fetch()
+                terminate(listener.backend_pid)
                 listener.wait_until_ready(2)
-                tell("after the gap")
+                notify("jobs", "after the gap")
                 assert heard.events == []
             heard.wait_for(4)
-    kinds = [one.data if one.action == "published" else "gap" for one in heard.events]
-    assert kinds == ["x" * 50_000, "behind it", "gap", "after the gap"]
+    assert data_or_gap(heard) == ["x" * 50_000, "behind it", "gap", "after the gap"]
+
+
+@pytest.mark.parametrize("limit", ["PGNOTIFY_QUEUE_MAX_EVENTS", "PGNOTIFY_QUEUE_MAX_BYTES"])
+def test_what_waits_for_a_stored_event_is_bounded_and_the_rest_is_dropped_into_one_gap(
+    limit: str, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_leader, of_node = Recorder(), Recorder()
+    reference = stored("big")
+    with registry.isolated():
+        receiver("jobs", on_gap=True, dispatch_uid="leader")(of_leader)
+        receiver("jobs", on_gap=True, dispatch_uid="node", every_node=True)(of_node)
+        with running_listener() as listener:
+            with stored_events_locked() as wait_for_a_fetch:
+                notify("jobs", reference)
+                wait_for_a_fetch()
+                assert listener.service is not None
+                intake = listener.service._intake
+                setattr(settings, limit, 2)  # of frames, or of bytes: each of these has one
+                notify("jobs", "a")
+                until(lambda: intake._frames == 1)
+                notify("jobs", "b")
+                until(lambda: intake._frames == 2)
+                notify("jobs", frame(event(at=1000.0)))
+                until(lambda: stats(listener)["dropped"] == 1)
+                notify("jobs", "d")
+                until(lambda: stats(listener)["dropped"] == 2)
+                delattr(settings, limit)
+            of_leader.wait_for(4)
+            of_node.wait_for(4)
+            notify("jobs", "after")
+            of_leader.wait_for(5)
+            of_node.wait_for(5)
+            told = listener.service.listener.health.last_gap
+            assert stats(listener)["gaps"] == 1
+    assert told is not None
+    assert "stored event" in str(told["cause"])
+    for heard in (of_leader, of_node):
+        assert data_or_gap(heard) == ["big", "a", "b", "gap", "after"]
+        gap = heard.events[3]
+        assert gap.data["since"] <= "1970-01-01T00:16:40+00:00"
+    complaints = [one for one in caplog.records if one.levelno >= logging.ERROR]
+    assert len(complaints) == 1
 
 
 def test_a_stored_event_that_was_changed_is_refused(

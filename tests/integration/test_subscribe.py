@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.db import connections, transaction
 from pytest_django import Settings
 
@@ -223,6 +224,18 @@ def test_what_is_too_big_for_a_notify_arrives_whole_and_in_its_place() -> None:
         for value in ("before", big, "after", big + "y", "last"):
             publish("jobs", value)
         assert data(take(events, 5)) == ["before", big, "after", big + "y", "last"]
+
+
+async def test_a_stored_event_reaches_who_iterates_in_the_one_thread_of_sync_to_async() -> None:
+    big = "x" * 100_000
+
+    def consume() -> list[Any]:
+        with subscribe("jobs") as events:
+            publish("jobs", big)
+            publish("jobs", "behind it")
+            return data(take(events, 2))
+
+    assert await sync_to_async(consume)() == [big, "behind it"]
 
 
 def test_a_notify_from_psql_and_a_broken_frame_are_told_apart() -> None:

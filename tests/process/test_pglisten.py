@@ -19,8 +19,15 @@ from django.core.management import call_command
 from django.db import connections
 
 from django_pgnotify import publish
+from django_pgnotify.publishing.store import store
 from example_project.embedded import EmbeddedPostgres
-from tests.integration.recording import backends_of_listeners, notify, terminate
+from tests.integration.hearing import hearing
+from tests.integration.recording import (
+    backends_of_listeners,
+    notify,
+    stored_events_locked,
+    terminate,
+)
 from tests.processes import DEADLINE, ROOT, Process, manage, run
 from tests.proxy import TCPProxy
 from tests.settings import database_url
@@ -206,6 +213,47 @@ def test_receivers_that_exceed_the_shutdown_timeout_are_given_up_with_status_1(
         assert process.terminate() == 1
         assert "did not finish in time" in process.stderr
     assert f"{name}-done" not in process.stdout
+
+
+def test_a_stored_event_that_cannot_be_fetched_does_not_outlast_the_shutdown_timeout() -> None:
+    [row] = store(['{"id":"x","action":"published","data":1}'], "default")
+    with pglisten("--shutdown-timeout", "0.2") as process, stored_events_locked() as wait_for_fetch:
+        notify("jobs", f'{{"pgnotify":1,"events":[{{"ref":{row}}}]}}', "behind it")
+        wait_for_fetch()
+        assert process.terminate() == 1
+        assert "did not finish in time" in process.stderr
+    assert "received job" not in process.stdout
+
+
+def test_what_receivers_have_published_is_sent_before_those_that_hang_are_given_up(
+    gate: Fifo, tmp_path: Path
+) -> None:
+    (tmp_path / "relaying").mkdir()
+    (tmp_path / "relaying" / "receivers.py").write_text(
+        "from django_pgnotify import publish, receiver\n"
+        "@receiver('jobs')\n"
+        "def relay(event): publish('relayed', event.data * 10_000)\n"
+    )
+    (tmp_path / "relaying_settings.py").write_text(
+        "from tests.settings import *\n"
+        "INSTALLED_APPS = [*INSTALLED_APPS, 'relaying']\n"
+        "PGNOTIFY_BACKGROUND_SENDER = True\n"
+    )
+    env: dict[str, str | None] = {
+        "DJANGO_SETTINGS_MODULE": "relaying_settings",
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+    }
+    with hearing("relayed") as ear:
+        with pglisten("--shutdown-timeout", "0.2", env=env) as process:
+            publish("slow", {"gate": str(gate.path)})
+            received(process, "slow-started")
+            with stored_events_locked() as wait_until_somebody_tries:
+                publish("jobs", "x")
+                wait_until_somebody_tries()  # that is the sender, which has to store it first
+                process.signal(signal.SIGTERM)
+                process.wait_for_line("did not finish in time")
+            assert process.wait() == 1
+        assert ear.data() == ["x" * 10_000]
 
 
 def test_once_handles_the_first_events_and_exits() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from django_pgnotify.caching import cached
+from django_pgnotify.caching.cached import cached_functions
 from django_pgnotify.caching.leases import Load
 from django_pgnotify.publishing.announcer import Announcer
 
@@ -79,3 +82,27 @@ def test_an_announcer_that_is_closed_takes_what_another_thread_puts_meanwhile() 
 
     at_once(put, put, put, close)
     announcer.close()
+
+
+def test_cached_functions_can_be_listed_while_another_thread_defines_some() -> None:
+    kept: list[object] = []
+    all_defined = threading.Event()
+
+    def define() -> None:
+        try:
+            kept.extend(cached(key="k")(lambda: None) for _ in range(500))
+        finally:
+            all_defined.set()
+
+    def look() -> None:
+        while not all_defined.is_set():
+            cached_functions()
+
+    at_once(define, look)
+    assert {*kept} <= {*cached_functions()}
+
+
+def test_a_cached_partial_can_be_listed_with_the_others() -> None:
+    of_partial = cached(key="k")(functools.partial(lambda one: one, 1))
+    assert of_partial in cached_functions()
+    assert "partial" in of_partial.__name__

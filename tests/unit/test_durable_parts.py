@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from django_pgnotify import Event, Topic, forward, invalidates, receiver
+from django_pgnotify.dispatching.durable import DurableSide
+from django_pgnotify.dispatching.service import routes_of
 from django_pgnotify.durable.calls import by_key
 from django_pgnotify.durable.cursor import BEGINNING, Cursor, Logged, Page, Snapshot
 from django_pgnotify.durable.epoch import Epoch
@@ -15,6 +18,7 @@ from django_pgnotify.durable.shares import PATIENCE, decide
 from django_pgnotify.exceptions import InvalidArgument, InvalidReceiver
 from django_pgnotify.publishing.model_signals import notify_changes
 from django_pgnotify.registry import Publication, Registry, registry
+from django_pgnotify.stats import Stats
 from tests.testapp.models import Order
 from tests.unit.test_docs import django_now
 
@@ -204,3 +208,25 @@ def _unpublished() -> type:
     from django.contrib.auth.models import Group
 
     return Group
+
+
+# -- the loop and the worker ----------------------------------------------------------------------
+
+
+class ClosesMeanwhile(asyncio.SelectorEventLoop):
+    """Between a look whether it is closed and the call, it is closed."""
+
+    looked_too_soon = False
+
+    def is_closed(self) -> bool:
+        return super().is_closed() and not self.looked_too_soon
+
+
+def test_a_worker_does_not_stumble_over_a_loop_that_is_closed_meanwhile() -> None:
+    receiver(DURABLE)(handle)
+    side = DurableSide(routes_of(registry), registry, using="default", stats=Stats(), observe=print)
+    side._loop = loop = ClosesMeanwhile()
+    loop.close()
+    loop.looked_too_soon = True
+    side._handled([Event("1", "ledger", "published", None, None, None, None, "a:1", django_now())])
+    loop.looked_too_soon = False

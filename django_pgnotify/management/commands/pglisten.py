@@ -23,6 +23,8 @@ from django_pgnotify.exceptions import InvalidTopic, UnsupportedDatabase
 from django_pgnotify.listening.probe import probe
 from django_pgnotify.management.arguments import count, seconds
 from django_pgnotify.management.durable import has_tables
+from django_pgnotify.publishing.announcer import announcer
+from django_pgnotify.publishing.background import sender
 from django_pgnotify.publishing.sender import check_alias
 from django_pgnotify.registry import registry
 
@@ -133,9 +135,13 @@ class Command(BaseCommand):
             waiting.cancel()
         if not drained:
             running = service.dispatcher.running + len(service.durable.held)
-            self._warn(f"gave up on {running} receiver(s) that did not finish in time")
+            what = f"{running} receiver(s)" if running else "stored events or receivers"
+            self._warn(f"gave up on {what} that did not finish in time")
             self.stdout.flush()
-            # Their threads cannot be stopped, and a normal exit would wait for them.
+            # Their threads cannot be stopped, and a normal exit would wait for them. So nobody but
+            # us does what a normal exit does for what they have published.
+            sender.close()
+            announcer.close()
             os._exit(1)
         self._say("pglisten: stopped")
         return 0
