@@ -26,7 +26,6 @@ _pause = threading.Event()
 def near_caches(settings: Any, folder: Path, **options: Any) -> Iterator[None]:
     """CACHES with ``near``, ``layered`` (over files), ``files`` and ``memory``."""
     settings.PGNOTIFY_EPOCH_TABLE = str(folder / "epochs")
-    settings.PGNOTIFY_EPOCH_SLOTS = 4096
     files = {
         "BACKEND": "django.core.cache.backends.filebased.FileBasedCache",
         "LOCATION": str(folder / "files"),

@@ -271,7 +271,6 @@ import json, os, sys
 from django.conf import settings
 settings.DATABASE_ROUTERS = []
 settings.PGNOTIFY_EPOCH_TABLE = sys.argv[1]
-settings.PGNOTIFY_EPOCH_SLOTS = 4096
 import django
 django.setup()
 from django_pgnotify.publishing.announcer import announcer
