@@ -67,7 +67,8 @@ def _call(worker: Worker, letter: Letter, entry: Entry) -> BaseException | None:
     if worker.receiver.transactional:
 
         def handle() -> None:
-            worker.calls.call(event)
+            if worker.calls.wants(event):
+                worker.calls.call(event)
             worker.state.settle([letter.id])
 
         return in_transaction(worker, handle)

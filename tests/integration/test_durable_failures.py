@@ -14,6 +14,7 @@ from django_pgnotify import Event, consumers, publish, publish_many
 from django_pgnotify.backoff import Backoff
 from django_pgnotify.durable import worker
 from django_pgnotify.durable.state import ConsumerState, CursorLost
+from django_pgnotify.models import LoggedEvent
 from django_pgnotify.registry import Receiver, Registry, registry
 from django_pgnotify.stats import Stats
 from django_pgnotify.testing import running_listener
@@ -30,7 +31,7 @@ from tests.integration.durable import (
     write,
 )
 from tests.integration.recording import Gate, Recorder, failures, query, stats
-from tests.testapp.models import Sku, Tag
+from tests.testapp.models import Order, Sku, Tag
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -301,6 +302,33 @@ def test_a_transactional_consumer_tries_again_and_keeps_the_order_of_the_key() -
     order = list(Tag.objects.order_by("id").values_list("name", flat=True))
     assert [name for name in order if name[0] == "a"] == ["a 1", "a 2", "a 3"]
     assert letters() == []
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize("transactional", [False, True])
+def test_an_event_that_waited_behind_another_is_not_for_a_receiver_that_excludes_it(
+    settings: Any, transactional: bool
+) -> None:
+    settings.PGNOTIFY_DELIVERY = "durable"
+    calls, bad = Recorder(), {"created"}
+
+    def work(event: Event) -> None:
+        calls(event)
+        if event.action in bad:
+            raise ValueError
+
+    actions = ["created"]
+    consume(work, source=Order, actions=actions, transactional=transactional, retries=1_000_000)
+    with running_listener():
+        order = Order.objects.create()
+        until(lambda: len(letters()) == 1)
+        order.save()
+        until(lambda: len(letters()) == 2)  # the change of the same row, behind the failure
+        bad.clear()
+        until(lambda: letters() == [])
+        assert consumers.replay("ledger", events=LoggedEvent.objects.values_list("id", flat=True))
+        until(lambda: letters() == [])
+    assert {event.action for event in calls.events} == {"created"}
 
 
 def test_a_swallowed_database_error_in_a_transaction_is_a_failure_of_that_event_alone() -> None:
