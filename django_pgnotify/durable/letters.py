@@ -74,7 +74,7 @@ def _call(worker: Worker, letter: Letter, entry: Entry) -> BaseException | None:
         return in_transaction(worker, handle)
     try:
         if worker.calls.wants(event):
-            worker.calls.call(event)
+            worker.calls.handle(event)
     except BaseException as exc:  # noqa: BLE001 - a receiver's failure, whatever it is
         return exc
     return None

@@ -29,6 +29,7 @@ from .entries import Entry, prepare
 from .epoch import Epoch, current_epoch
 from .letters import run_letters
 from .log import reason, storable
+from .losses import is_loss
 from .state import Claim, ConsumerState, Control, CursorLost, Parked, register
 from .transactional import run_in_transactions
 
@@ -260,7 +261,7 @@ class Worker:
         Raises:
             django.db.Error: it failed because the database is away, which is not its fault.
         """
-        if isinstance(exc, (DatabaseError, InterfaceError)):
+        if isinstance(exc, (DatabaseError, InterfaceError)) or is_loss(exc):
             with connections[self.using].cursor() as cursor:
                 cursor.execute("SELECT 1")
         will_retry = attempts <= self.receiver.retries

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from django.db import ProgrammingError, connection, transaction
+from asgiref.sync import sync_to_async
+from django.db import DatabaseError, ProgrammingError, connection, connections, transaction
 
 from django_pgnotify import Event, consumers, publish, publish_many
 from django_pgnotify.backoff import Backoff
@@ -224,16 +226,17 @@ def test_an_async_receiver_that_takes_too_long_or_is_cancelled_has_failed() -> N
 # -- the database goes away -----------------------------------------------------------------------
 
 
-def test_an_event_whose_connection_was_ended_is_handled_again_and_not_given_up() -> None:
+@pytest.mark.parametrize("own", [nullcontext, transaction.atomic], ids=["autocommit", "atomic"])
+def test_an_event_whose_connection_was_ended_is_handled_again_and_not_given_up(own: Any) -> None:
     heard, killed = Recorder(), Recorder()
 
     def work(event: Event) -> None:
         if event.data == "broken" and not killed.events:
             killed(event)
-            [(pid,)] = query("SELECT pg_backend_pid()")
-            with other_session() as other:
-                other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
-            query("SELECT 1")
+            with own():
+                [(pid,)] = query("SELECT pg_backend_pid()")
+                _end([pid])
+                query("SELECT 1")
         heard(event)
 
     consume(work)
@@ -242,6 +245,80 @@ def test_an_event_whose_connection_was_ended_is_handled_again_and_not_given_up()
         heard.wait_until(lambda events: any(event.data == "last" for event in events))
     assert letters() == []
     assert [data for data in heard.data if data != "first"] == ["broken", "last"]
+
+
+def _end(pids: Iterable[int]) -> None:
+    with other_session() as other:
+        for pid in pids:
+            other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+
+
+def _until_handled(count: int) -> None:
+    until(lambda: stored().handled == count)
+
+
+def _backend(event: Event) -> int:
+    """The backend that a receiver uses; of the second database, where the event says so."""
+    with connections[event.data].cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return int(cursor.fetchone()[0])
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize(
+    ("kind", "alias", "options"),
+    [
+        ("sync", "default", {"concurrency": 2}),
+        ("sync", "other", {}),
+        ("sync", "other", {"transactional": True}),
+        ("async", "default", {}),
+        ("async", "default", {"concurrency": 4}),
+    ],
+)
+def test_connections_of_receivers_that_were_ended_are_replaced_and_no_event_is_to_blame(
+    kind: str, alias: str, options: dict[str, Any]
+) -> None:
+    heard, backends = Recorder(), set()
+
+    def work(event: Event) -> None:
+        backends.add(_backend(event))
+        heard(event)
+
+    async def awork(event: Event) -> None:
+        await sync_to_async(work)(event)
+
+    consume(work if kind == "sync" else awork, **options)
+    with running_listener(), failures() as told:
+        for count in (20, 40, 60):
+            publish_many(LEDGER, [alias] * 20)
+            _until_handled(count)
+            _end(backends)
+            backends.clear()
+    assert told == []
+    assert letters() == []
+    assert len({event.id for event in heard.events}) == 60
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_a_receiver_that_keeps_database_errors_to_itself_gets_a_new_connection() -> None:
+    backends: list[int | None] = []
+
+    def work(event: Event) -> None:
+        try:
+            backends.append(_backend(event))
+        except DatabaseError:
+            backends.append(None)
+
+    consume(work)
+    with running_listener():
+        for handled in range(1, 4):
+            publish(LEDGER, "other")
+            _until_handled(handled)
+            if handled == 1:
+                _end(filter(None, backends))
+    first, second, third = backends
+    assert second is None
+    assert third not in (None, first)
 
 
 # -- transactional --------------------------------------------------------------------------------
