@@ -14,6 +14,7 @@ from pytest_django import DjangoAssertNumQueries
 from django_pgnotify import Event, Topic, publish, publish_many, receiver, subscribe
 from django_pgnotify.conf import conf
 from django_pgnotify.listening.background import stop_all
+from django_pgnotify.listening.listener import Listener
 from django_pgnotify.models import Consumer, LoggedEvent
 from django_pgnotify.registry import Registry, registry
 from django_pgnotify.testing import running_listener
@@ -28,7 +29,15 @@ from tests.integration.durable import (
     wake,
     write,
 )
-from tests.integration.recording import Gate, Recorder, notify, query, rolled_back
+from tests.integration.recording import (
+    DEADLINE,
+    Gate,
+    Recorder,
+    client,
+    notify,
+    query,
+    rolled_back,
+)
 from tests.testapp.models import Order, Sku
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -421,6 +430,36 @@ def test_a_consumer_is_run_by_one_listener_and_taken_over_by_another(recorder: R
         publish(LEDGER, 2)
         recorder.wait_for(2)
     assert recorder.data == [1, 2]
+
+
+def test_no_consumer_is_held_before_the_way_is_proven(
+    recorder: Recorder, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a pooler a lock would stay on a connection of the pooler's, and lock others out."""
+    settings.PGNOTIFY_HEARTBEAT_TIMEOUT = 0.5
+    settings.PGNOTIFY_RECONNECT_MAX_DELAY = 0.1
+    consume(recorder)
+    register()
+    echo, held = Listener._echo, []
+
+    async def late_echo(self: Listener, nonce: str) -> None:
+        async with client() as other:
+            rows = await other.execute(
+                "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)"
+                " WHERE locktype = 'advisory' AND application_name = 'pglisten consumers'"
+                " AND datname = current_database()"
+            )
+            held.append(await rows.fetchone())
+        if len(held) > 3:
+            await echo(self, nonce)
+
+    monkeypatch.setattr(Listener, "_echo", late_echo)
+    with running_listener(timeout=DEADLINE) as listener:
+        publish(LEDGER, 1)
+        recorder.wait_for(1)
+        assert listener.service is not None
+        assert listener.service.durable.held == ["ledger"]
+    assert held[:4] == [(0,)] * 4
 
 
 def test_the_loss_of_the_connection_that_holds_the_locks_is_survived(recorder: Recorder) -> None:
