@@ -30,7 +30,7 @@ from .epoch import Epoch, current_epoch
 from .letters import run_letters
 from .log import reason, storable
 from .losses import is_loss
-from .state import Claim, ConsumerState, Control, CursorLost, Parked, register
+from .state import Claim, ConsumerState, Control, CursorLost, Parked, Replaced, register
 from .transactional import run_in_transactions
 
 logger = logging.getLogger("django_pgnotify.durable")
@@ -126,6 +126,11 @@ class Worker:
             while not self.stopping:
                 try:
                     self._consume(pauses)
+                except Replaced as exc:
+                    # That one holds the lock, and this process has lost it without noticing. To
+                    # claim it once more would have both take it from each other until it does.
+                    logger.warning("Consumer %s ends here: %s", self.receiver.uid, exc)
+                    break
                 except CursorLost as exc:
                     logger.info("Consumer %s begins anew: %s", self.receiver.uid, exc)
                 except (DatabaseError, InterfaceError) as exc:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,8 +16,8 @@ from django_pgnotify import Event, consumers, publish, publish_many
 from django_pgnotify.backoff import Backoff
 from django_pgnotify.durable import worker
 from django_pgnotify.durable.state import ConsumerState, CursorLost
-from django_pgnotify.models import LoggedEvent
-from django_pgnotify.registry import Receiver, Registry, registry
+from django_pgnotify.models import Consumer, LoggedEvent
+from django_pgnotify.registry import Receiver, Registry, Subscription, registry
 from django_pgnotify.stats import Stats
 from django_pgnotify.testing import running_listener
 from tests.integration.durable import (
@@ -500,6 +500,44 @@ def test_work_done_by_a_transactional_consumer_that_was_replaced_meanwhile_is_un
             gate.open()
             until(lambda: stored().handled == 1)
     assert Tag.objects.count() == 1
+
+
+@contextmanager
+def _running_worker(receiver: Receiver) -> Iterator[worker.Worker]:
+    """A consumer's worker, without anybody who holds the lock for it."""
+    loop = asyncio.new_event_loop()
+    streams = [Subscription(LEDGER.name)]
+    one = worker.Worker(receiver, streams, using="default", loop=loop, stats=Stats())
+    one.start()
+    try:
+        yield one
+    finally:
+        one.stop()
+        one.join()
+        loop.close()
+
+
+def test_who_was_replaced_without_noticing_ends_and_does_not_take_the_consumer_back() -> None:
+    with _running_worker(Receiver("ledger", Recorder(), (LEDGER,))) as one:
+        until(lambda: Consumer.objects.exclude(holder="").exists())
+        ConsumerState("ledger", "default").claim("somebody else:1")
+        one.wake()
+        until(lambda: not one.alive)
+    assert stored().holder == "somebody else:1"
+    assert stored().claim == 2
+
+
+def test_who_was_set_anew_by_an_operator_goes_on_from_there() -> None:
+    heard = Recorder()
+    with _running_worker(Receiver("ledger", heard, (LEDGER,))) as one:
+        until(lambda: Consumer.objects.exclude(holder="").exists())
+        publish_many(LEDGER, [1, 2])
+        one.wake()
+        heard.wait_for(2)
+        consumers.reset("ledger", "beginning")
+        one.wake()
+        heard.wait_for(4)
+        assert one.alive
 
 
 # -- trouble ----------------------------------------------------------------------------------
