@@ -12,14 +12,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connections
 
 from .. import signals
 from ..backoff import Backoff
 from ..conf import conf
-from ..decoding import gap_event
 from ..events import Event
 from ..registry import Receiver, Subscription
 from ..stats import Stats
@@ -27,6 +25,7 @@ from .calls import Calls, Limits
 from .cursor import Cursor, LogReader, Page, TransactionIdsWentBack
 from .entries import Entry, prepare
 from .epoch import Epoch, current_epoch
+from .gaps import Gaps
 from .letters import run_letters
 from .log import reason, storable
 from .losses import is_loss
@@ -77,6 +76,7 @@ class Worker:
         self.state = ConsumerState(receiver.uid, using)
         self.calls = Calls(receiver, subscriptions, loop)
         self.reader = LogReader(using, self.topics)
+        self._gaps = Gaps(self, retry_pause)
         self.one_by_one = 0
         """Events that are to have a transaction each, because one of them has failed."""
         self._observe = observe
@@ -159,7 +159,7 @@ class Worker:
             if control.paused or control.resync:
                 self._say(control.resync or "")
             else:
-                self._tell_gap(control)
+                self._gaps.tell(control)
                 blocked = self._run_letters(control)
                 try:
                     cursor = self._sweep(cursor, blocked)
@@ -173,8 +173,9 @@ class Worker:
     def _pause(self) -> float:
         """Seconds until it has to look again by itself."""
         pause = conf.SWEEP_INTERVAL
-        if self._letters_due is not None:
-            pause = min(pause, max(self._letters_due - time.monotonic(), 0.0))
+        for due in (self._letters_due, self._gaps.due):
+            if due is not None:
+                pause = min(pause, max(due - time.monotonic(), 0.0))
         return pause
 
     # -- the log ----------------------------------------------------------------------------
@@ -266,9 +267,7 @@ class Worker:
         Raises:
             django.db.Error: it failed because the database is away, which is not its fault.
         """
-        if isinstance(exc, (DatabaseError, InterfaceError)) or is_loss(exc):
-            with connections[self.using].cursor() as cursor:
-                cursor.execute("SELECT 1")
+        self.check_database(exc)
         will_retry = attempts <= self.receiver.retries
         self.stats.add("retried" if will_retry else "failed")
         event = one.event
@@ -293,6 +292,12 @@ class Worker:
         error = storable("".join(traceback.format_exception(exc))) or ""
         retry_in = retry_pause(attempts) if will_retry else None
         return Parked(one.logged, one.key, one.body, attempts, retry_in, error)
+
+    def check_database(self, exc: BaseException) -> None:
+        """Raise a ``django.db.Error`` if a failure came with the database being away."""
+        if isinstance(exc, (DatabaseError, InterfaceError)) or is_loss(exc):
+            with connections[self.using].cursor() as cursor:
+                cursor.execute("SELECT 1")
 
     def unusable(self, one: Entry) -> Parked:
         """What becomes of an event that no receiver can be given."""
@@ -338,36 +343,6 @@ class Worker:
                 f"promoted, or restored to a point in time",
                 str(now),
             )
-
-    def _tell_gap(self, control: Control) -> None:
-        if not control.gap_cause:
-            return
-        logger.error(
-            "Consumer %s may have missed events from %s to %s: %s",
-            self.receiver.uid,
-            control.gap_since,
-            control.gap_until,
-            control.gap_cause,
-        )
-        self.stats.add("gaps")
-        until = control.gap_until or datetime.now(UTC)
-        if self.receiver.on_gap:
-            for topic in self.topics:
-                gap = gap_event(
-                    topic,
-                    since=control.gap_since,
-                    until=until,
-                    cause=control.gap_cause,
-                    using=self.using,
-                )
-                try:
-                    self.calls.call(gap)
-                except Exception as exc:
-                    logger.exception("Consumer %s failed on a gap", self.receiver.uid)
-                    signals.receiver_failed.send_robust(
-                        self.receiver.func, event=gap, exception=exc, attempt=1, will_retry=False
-                    )
-        self.state.gap_told()
 
     # -- the rest -------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from asgiref.sync import sync_to_async
 from django.db import DatabaseError, ProgrammingError, connection, connections, transaction
+from django.utils import timezone
 
-from django_pgnotify import Event, consumers, publish, publish_many
+from django_pgnotify import Event, Topic, consumers, publish, publish_many
 from django_pgnotify.backoff import Backoff
 from django_pgnotify.durable import worker
 from django_pgnotify.durable.state import ConsumerState, CursorLost
@@ -220,6 +221,55 @@ def test_an_async_receiver_that_takes_too_long_or_is_cancelled_has_failed() -> N
     assert [letter.error.strip().splitlines()[-1] for letter in letters()] == [
         "TimeoutError: timed out after 0.05 s",
         "asyncio.exceptions.CancelledError",
+    ]
+
+
+# -- gaps ---------------------------------------------------------------------------------------
+
+
+def _note_gap() -> None:
+    Consumer.objects.update(gap_cause="of the test", gap_until=timezone.now())
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_receiver_that_fails_on_a_gap_is_told_again_until_it_has_taken_it_in() -> None:
+    heard = Recorder()
+
+    def work(event: Event) -> None:
+        heard(event)
+        if event.action == "gap" and len(heard.events) < 4:
+            raise ValueError
+
+    consume(work, on_gap=True, retries=1_000_000)
+    register()
+    _note_gap()
+    with running_listener(), failures() as told:
+        heard.wait_for(4)
+        publish(LEDGER, 1)
+        heard.wait_for(5)
+        until(lambda: stored().gap_cause == "")
+    assert [event.action for event in heard.events] == ["gap"] * 4 + ["published"]
+    assert [(one["attempt"], one["will_retry"]) for one in told] == [(n, True) for n in (1, 2, 3)]
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_receiver_that_fails_on_a_gap_for_as_often_as_it_has_retries_has_been_told() -> None:
+    heard = Recorder()
+
+    def work(event: Event) -> None:
+        heard(event)
+        if event.action == "gap":
+            raise ValueError
+
+    consume(work, source=[LEDGER, Topic("second", "durable")], on_gap=True, retries=1)
+    register()
+    _note_gap()
+    with running_listener(), failures() as told:
+        until(lambda: stored().gap_cause == "")
+    assert [event.topic for event in heard.events] == ["ledger", "second"] * 2
+    assert [(one["attempt"], one["will_retry"]) for one in told] == [
+        *((1, True), (1, True)),
+        *((2, False), (2, False)),
     ]
 
 
