@@ -89,10 +89,10 @@ class Consumers:
         self._thread.start()
 
     def wake(self, topics: frozenset[str] | None = None) -> None:
-        """There may be something new on these topics; None means on any."""
+        """There may be something new on these topics; None means of any kind."""
         for worker in self._running():
             if topics is None or not topics.isdisjoint(worker.topics):
-                worker.wake()
+                worker.wake(asked=topics is None)
 
     def stop(self) -> None:
         """Begin nothing more."""

@@ -35,7 +35,10 @@ from .transactional import run_in_transactions
 logger = logging.getLogger("django_pgnotify.durable")
 
 SLICE = 0.25
-"""Seconds after which what has been handled is stored, at the latest after the event at hand."""
+"""Seconds after which what has been handled is stored, at the latest after the event at hand.
+
+So long, at least, has the log its turn before letters that are due have theirs.
+"""
 
 RETRY_BASE = 0.5
 RETRY_CAP = 300.0
@@ -81,6 +84,9 @@ class Worker:
         """Events that are to have a transaction each, because one of them has failed."""
         self._observe = observe
         self._awake = threading.Event()
+        self._asked = False
+        self._turn_ends = 0.0
+        self._more = False
         self._stop = threading.Event()
         self._said = ""
         self._letters_due: float | None = None
@@ -100,8 +106,10 @@ class Worker:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def wake(self) -> None:
-        """There may be something new."""
+    def wake(self, *, asked: bool = False) -> None:
+        """There may be something new; ``asked``: by an operator, and not in the log."""
+        if asked:
+            self._asked = True
         self._awake.set()
 
     def stop(self) -> None:
@@ -155,6 +163,8 @@ class Worker:
         while not self.stopping:
             # Cleared before the look that it guards.
             self._awake.clear()
+            self._asked = False
+            pause = conf.SWEEP_INTERVAL
             control = self.state.control()
             if control.paused or control.resync:
                 self._say(control.resync or "")
@@ -166,22 +176,37 @@ class Worker:
                     self._say("")
                 except TransactionIdsWentBack as exc:
                     self.state.stop_for_resync(f"transaction ids went back: {exc}")
+                if self._more:
+                    pause = 0.0
+                elif (due := self._due) is not None:
+                    pause = min(pause, max(due - time.monotonic(), 0.0))
             pauses.reset()
             if not self.stopping:
-                self._awake.wait(self._pause())
+                self._awake.wait(pause)
 
-    def _pause(self) -> float:
-        """Seconds until it has to look again by itself."""
-        pause = conf.SWEEP_INTERVAL
-        for due in (self._letters_due, self._gaps.due):
-            if due is not None:
-                pause = min(pause, max(due - time.monotonic(), 0.0))
-        return pause
+    @property
+    def _due(self) -> float | None:
+        """When a letter or a gap is to be tried again (monotonic seconds)."""
+        return min(
+            (due for due in (self._letters_due, self._gaps.due) if due is not None), default=None
+        )
+
+    @property
+    def _turn_is_over(self) -> bool:
+        """Whether the log has had its time, and something beside it waits."""
+        now = time.monotonic()
+        if now < self._turn_ends:
+            return False
+        return self._asked or ((due := self._due) is not None and due <= now)
 
     # -- the log ----------------------------------------------------------------------------
 
     def _sweep(self, cursor: Cursor, blocked: set[str]) -> Cursor:
-        """Handle what is new, page by page, until a sweep is complete."""
+        """Handle what is new, page by page, until a sweep is complete or its turn is over.
+
+        In the middle of a page too: of slow events, one lasts for long.
+        """
+        self._turn_ends, self._more = time.monotonic() + SLICE, True
         while not self._halted:
             under_way = cursor.target
             page = self.reader.next_page(cursor)
@@ -193,7 +218,11 @@ class Worker:
                     self.state.move(page.end, 0)
                 cursor = page.end
             if not cursor.target and not under_way:
-                break  # of a sweep that began long ago, what came since is to be read now
+                # Of a sweep that began long ago, what came since is to be read now.
+                self._more = False
+                break
+            if self._turn_is_over:
+                break
         return cursor
 
     def _handle(self, page: Page, blocked: set[str]) -> Cursor:
@@ -210,6 +239,8 @@ class Worker:
                 cursor = page.after(waiting[done - 1].logged)
                 self._note_done(waiting[:done], parked)
                 del waiting[:done]
+            if self._turn_is_over:
+                break
         return cursor
 
     def _run_slice(self, waiting: Sequence[Entry], blocked: set[str]) -> tuple[int, list[Parked]]:
@@ -248,8 +279,13 @@ class Worker:
             self.state.move(cursor, handled, parked)
 
     def _note_done(self, done: Sequence[Entry], parked: Sequence[Parked]) -> None:
-        if parked:
-            self._letters_due = 0.0  # a look at the letters says when
+        now = time.monotonic()
+        for one in parked:
+            if one.retry_in is None:
+                continue
+            # One that waits behind another is due when that is.
+            due = now + one.retry_in if one.attempts else self._letters_due or 0.0
+            self._letters_due = due if self._letters_due is None else min(self._letters_due, due)
         self.stats.add("handled", len(done) - len(parked))
         aside = {one.event.id for one in parked}
         self.observe([one.event for one in done if one.event and one.logged.id not in aside])
@@ -321,7 +357,7 @@ class Worker:
         self._letters_due = None
         if not control.has_letters:
             return set()
-        run_letters(self, time.monotonic() + SLICE)
+        run_letters(self, SLICE)
         next_in = self.state.next_letter_in()
         control = self.state.control()
         if next_in is not None:

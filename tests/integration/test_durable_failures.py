@@ -15,6 +15,7 @@ from django.utils import timezone
 
 from django_pgnotify import Event, Topic, consumers, publish, publish_many
 from django_pgnotify.backoff import Backoff
+from django_pgnotify.conf import conf
 from django_pgnotify.durable import worker
 from django_pgnotify.durable.state import ConsumerState, CursorLost
 from django_pgnotify.models import Consumer, LoggedEvent
@@ -222,6 +223,99 @@ def test_an_async_receiver_that_takes_too_long_or_is_cancelled_has_failed() -> N
         "TimeoutError: timed out after 0.05 s",
         "asyncio.exceptions.CancelledError",
     ]
+
+
+@pytest.fixture
+def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails is due at once, and the log has a turn of one event."""
+    monkeypatch.setattr(worker, "RETRY_BASE", 0.0)
+    monkeypatch.setattr(worker, "SLICE", 0.0)
+
+
+@pytest.mark.usefixtures("_short_turns")
+@pytest.mark.parametrize("transactional", [False, True])
+def test_what_is_to_be_tried_again_does_not_wait_for_the_end_of_a_backlog(
+    transactional: bool,
+) -> None:
+    heard = Recorder()
+    # Of a batch, the one that fails is handled once more, alone, before it has failed.
+    bad = [3, 1050] * (2 if transactional else 1)
+
+    def work(event: Event) -> None:
+        if event.data in bad:
+            bad.remove(event.data)
+            raise ValueError
+        heard(event)
+
+    consume(work, transactional=transactional, retries=1)
+    register()
+    publish_many(LEDGER, range(1100))
+    with running_listener():
+        _until_handled(1100)
+    assert list(dict.fromkeys(heard.data)) == list(range(1100))
+    assert transactional or len(heard.data) == 1100
+    assert letters() == []
+
+
+@pytest.mark.usefixtures("_short_turns")
+def test_what_an_operator_wants_does_not_wait_for_the_end_of_a_backlog() -> None:
+    heard = Recorder()
+
+    def work(event: Event) -> None:
+        heard(event)
+        if event.data == 3:
+            [first] = LoggedEvent.objects.order_by("id")[:1]
+            consumers.replay("ledger", events=[first.pk])
+            one.wake(asked=True)
+
+    publish_many(LEDGER, range(10))
+    with _running_worker(Receiver("ledger", work, (LEDGER,), start="beginning")) as one:
+        heard.wait_for(11)
+    assert heard.data == [0, 1, 2, 3, 0, 4, 5, 6, 7, 8, 9]
+
+
+def test_an_operators_wake_up_is_told_from_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    consume(Recorder())
+    with running_listener() as listener:
+        assert listener.service is not None
+        running = listener.service.durable._consumers
+        until(lambda: running.held == ["ledger"])
+        [one] = running._running()
+        asked: list[bool] = []
+        monkeypatch.setattr(one, "wake", lambda **options: asked.append(options["asked"]))
+        running.wake(frozenset(["ledger"]))
+        consumers.pause("ledger")
+        until(lambda: len(asked) == 2)
+    assert asked == [False, True]
+
+
+class Awake(threading.Event):
+    """Of a worker: notes how long it would wait at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.pauses.append(timeout)
+        return super().wait(timeout)
+
+
+@pytest.mark.usefixtures("_short_turns")
+def test_a_paused_consumer_with_letters_that_are_due_does_not_look_all_the_time() -> None:
+    picky = Picky([1])
+    receiver = Receiver("ledger", picky, (LEDGER,), start="beginning", retries=1_000_000)
+    publish(LEDGER, 1)
+    with _running_worker(receiver) as one:
+        picky.attempts.wait_for(2)
+        consumers.pause("ledger")
+        one._awake = awake = Awake()
+        one.wake()
+        until(lambda: conf.SWEEP_INTERVAL in awake.pauses)
+        tries = len(picky.attempts.events)
+        one.wake()
+        until(lambda: awake.pauses.count(conf.SWEEP_INTERVAL) > 1)
+        assert len(picky.attempts.events) == tries
 
 
 # -- gaps ---------------------------------------------------------------------------------------
