@@ -1,4 +1,4 @@
-"""Tells a consumer of what it may have missed, until its receiver has taken that in."""
+"""Finds out what a consumer may have missed, and tells it, until its receiver has taken that in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from .. import signals
 from ..decoding import gap_event
-from .state import Control
+from .epoch import Epoch, current_epoch
+from .state import Claim, ConsumerState, Control
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -110,3 +111,17 @@ class Gaps:
             else:
                 self._told.add(topic)
         return len(self._told) == len(worker.topics)
+
+
+def check_epoch(state: ConsumerState, claim: Claim) -> None:
+    """Note a gap, or stop for a resync, if the server or the database is not the one it was."""
+    now, then = current_epoch(state.using), Epoch.parse(claim.epoch)
+    cause = then.foreign_to(now)
+    if cause is not None:
+        state.stop_for_resync(cause)
+    elif then.timeline_changed(now):
+        state.note_gap(
+            f"the server's timeline is {now.timeline} and was {then.timeline}: it was "
+            f"promoted, or restored to a point in time",
+            str(now),
+        )

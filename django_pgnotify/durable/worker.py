@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connections
@@ -23,13 +24,12 @@ from ..registry import Receiver, Subscription
 from ..stats import Stats
 from .calls import Calls, Limits
 from .cursor import Cursor, LogReader, Page, TransactionIdsWentBack
-from .entries import Entry, prepare
-from .epoch import Epoch, current_epoch
-from .gaps import Gaps
+from .entries import Entry, prepare_some
+from .gaps import Gaps, check_epoch
 from .letters import run_letters
 from .log import reason, storable
 from .losses import is_loss
-from .state import Claim, ConsumerState, Control, CursorLost, Parked, Replaced, register
+from .state import ConsumerState, Control, CursorLost, Parked, Replaced, register
 from .transactional import run_in_transactions
 
 logger = logging.getLogger("django_pgnotify.durable")
@@ -157,7 +157,7 @@ class Worker:
     def _consume(self, pauses: Backoff) -> None:
         register(self.receiver.uid, self.topics, self.receiver.start, self.using)
         claim = self.state.claim(conf.source)
-        self._check_epoch(claim)
+        check_epoch(self.state, claim)
         self.reader.reset()
         cursor = claim.cursor
         while not self.stopping:
@@ -227,9 +227,11 @@ class Worker:
 
     def _handle(self, page: Page, blocked: set[str]) -> Cursor:
         """Handle a page, slice by slice; returns the cursor that has been stored."""
-        waiting = [prepare(logged, self.reader.body(logged), self.using) for logged in page.events]
+        ahead, waiting = deque(page.events), list[Entry]()
         cursor = page.begin
-        while waiting and not self._halted:
+        while (ahead or waiting) and not self._halted:
+            if not waiting:
+                waiting = prepare_some(ahead, self.reader.body, self.using)
             if self.receiver.transactional:
                 done, parked = run_in_transactions(self, page, waiting, blocked)
             else:
@@ -365,20 +367,6 @@ class Worker:
         if self.state.letters(1):
             self._letters_due = 0.0
         return set(control.waiting_keys)
-
-    # -- gaps and epochs ------------------------------------------------------------------------
-
-    def _check_epoch(self, claim: Claim) -> None:
-        now, then = current_epoch(self.using), Epoch.parse(claim.epoch)
-        cause = then.foreign_to(now)
-        if cause is not None:
-            self.state.stop_for_resync(cause)
-        elif then.timeline_changed(now):
-            self.state.note_gap(
-                f"the server's timeline is {now.timeline} and was {then.timeline}: it was "
-                f"promoted, or restored to a point in time",
-                str(now),
-            )
 
     # -- the rest -------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from pytest_django import DjangoAssertNumQueries
 
 from django_pgnotify import Event, Topic, publish, publish_many, receiver, subscribe
 from django_pgnotify.conf import conf
+from django_pgnotify.durable import entries
+from django_pgnotify.durable.cursor import LogReader
 from django_pgnotify.listening.background import stop_all
 from django_pgnotify.listening.listener import Listener
 from django_pgnotify.models import Consumer, LoggedEvent
@@ -200,6 +202,30 @@ def test_large_events_are_read_whole(recorder: Recorder) -> None:
         publish(LEDGER, "y" * 40_000)
         recorder.wait_for(2)
     assert [(data[0], len(data)) for data in recorder.data] == [("x", 100_000), ("y", 40_000)]
+
+
+def test_of_a_page_of_large_events_no_more_is_read_than_is_at_hand(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "BYTES_AT_ONCE", 150_000)
+    read, body, at_hand = Recorder(), LogReader.body, []
+
+    def count(self: LogReader, event: Any) -> str | None:
+        read(event)
+        return body(self, event)
+
+    def work(event: Event) -> None:
+        recorder(event)
+        at_hand.append(len(read.events) - len(recorder.events) + 1)
+
+    monkeypatch.setattr(LogReader, "body", count)
+    consume(work)
+    register()
+    publish_many(LEDGER, [f"{number}" * 100_000 for number in range(10)])
+    with running_listener():
+        recorder.wait_for(10)
+    assert [data[0] for data in recorder.data] == list("0123456789")
+    assert at_hand == [2, 1] * 5
 
 
 # -- models -------------------------------------------------------------------------------------
