@@ -699,6 +699,33 @@ def test_dead_letters_are_requeued_and_discarded_in_the_admin(admin: Client) -> 
     assert picky.data == [1]
 
 
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_the_admin_shows_and_changes_what_is_on_the_database_of_the_bus(
+    admin: Client, settings: Any
+) -> None:
+    settings.PGNOTIFY_DATABASE = "other"
+    consume(Picky([1, 2]))
+    consume(Picky([2]), "second")
+    with running_listener():
+        publish_many(LEDGER, [1, 2])
+        until(lambda: consumers.dead_letters().count() == 3)
+        one = consumers.consumer("second")
+        assert "2 logged events" in page(admin, "loggedevent")
+        assert '<a href="?topic=ledger">' in page(admin, "loggedevent")
+        assert '<td class="field-dead_letters">1</td>' in page(admin, "consumer")
+        assert "3 dead letters" in page(admin, "deadletter")
+        chosen = {"consumer__id__exact": str(one.pk)}
+        assert re.search(r"\b1 dead letter\s", page(admin, "deadletter", **chosen))
+        assert f'<a href="?consumer__id__exact={one.pk}">' in page(admin, "deadletter")
+        [letter] = one.dead_letters.all()
+        address = reverse("admin:django_pgnotify_deadletter_change", args=[letter.pk])
+        assert b"cannot take 2" in admin.get(address).content
+        act(admin, "deadletter", "discard", letter.pk)
+        assert consumers.dead_letters().count() == 2
+        act(admin, "consumer", "pause", one.pk)
+        assert consumers.consumer("second").paused
+
+
 def test_nobody_without_permission_changes_anything(admin: Client, recorder: Recorder) -> None:
     register()
     client = Client()
