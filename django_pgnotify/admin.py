@@ -64,6 +64,9 @@ class ReadOnly(admin.ModelAdmin):
         # As the commands do: no router knows of that setting.
         return super().get_queryset(request).using(conf.DATABASE)
 
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        """Write nothing: a row as it was read would undo what a listener has stored since."""
+
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
 

@@ -726,6 +726,24 @@ def test_the_admin_shows_and_changes_what_is_on_the_database_of_the_bus(
         assert consumers.consumer("second").paused
 
 
+def test_to_save_a_consumer_in_the_admin_does_not_put_its_cursor_back(
+    admin: Client, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    address = reverse("admin:django_pgnotify_consumer_change", args=[stored().pk])
+    load = Consumer.from_db
+
+    def moved_meanwhile(*args: Any) -> Consumer:
+        row = load(*args)
+        query("UPDATE pgnotify_consumer SET handled = 4711 RETURNING 1")
+        return row
+
+    monkeypatch.setattr(Consumer, "from_db", moved_meanwhile)
+    assert admin.post(address, {"_save": "Save"}).status_code == 302
+    monkeypatch.undo()
+    assert stored().handled == 4711
+
+
 def test_nobody_without_permission_changes_anything(admin: Client, recorder: Recorder) -> None:
     register()
     client = Client()
