@@ -105,6 +105,11 @@ class ConsumerAdmin(ReadOnly):
         # Django deletes row by row, and asks about related rows: pgnotify_consumers --delete.
         return False
 
+    def get_changelist_instance(self, request: HttpRequest) -> Any:
+        shown = super().get_changelist_instance(request)
+        consumers.look_who_holds(shown.result_list)
+        return shown
+
     @admin.display(description="topics")
     def topic_list(self, consumer: Consumer) -> str:
         return ", ".join(consumer.topics)

@@ -8,7 +8,6 @@ dies lets go of it at once, and another takes over. A second, shared lock on eac
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import threading
 import time
@@ -24,6 +23,7 @@ from ..listening.connection import SERVER_KEEPALIVES
 from ..listening.parameters import connection_params, with_keepalives
 from ..registry import Receiver, Subscription
 from ..stats import Stats
+from .locks import GRANTED, TABLE, Keys
 from .log import reason
 from .shares import PATIENCE, decide
 from .state import register
@@ -34,13 +34,7 @@ logger = logging.getLogger("django_pgnotify.durable")
 KEPT = 30.0
 """Seconds for which a consumer that nobody else took is not offered to them again."""
 
-_OID = "SELECT 'pgnotify_consumer'::regclass::oid"
-_CANDIDATES = """
-    SELECT (classid::bigint << 32) | objid::bigint, count(DISTINCT pid) FROM pg_locks
-    WHERE locktype = 'advisory' AND objsubid = 1 AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    GROUP BY 1
-"""
+_CANDIDATES = f"SELECT key, count(DISTINCT pid) FROM ({GRANTED}) AS granted GROUP BY key"  # noqa: S608
 
 _TROUBLE = (psycopg.Error, DatabaseError, InterfaceError, OSError)
 
@@ -152,8 +146,8 @@ class Consumers:
             **with_keepalives(params, conf.CONNECT_TIMEOUT), autocommit=True
         ) as connection:
             connection.execute(SERVER_KEEPALIVES)
-            [(table,)] = connection.execute(_OID)
-            keys = {name: _Keys(int(table), name) for name in self._entries}
+            [(table,)] = connection.execute(TABLE)
+            keys = {name: Keys(int(table), name) for name in self._entries}
             for key in keys.values():
                 connection.execute("SELECT pg_advisory_lock_shared(%s)", [key.candidate])
             if self._registered is not None:
@@ -166,7 +160,7 @@ class Consumers:
             # With the connection the locks are gone: nobody may take over before all is stored.
             self._end_all()
 
-    def _look(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
+    def _look(self, connection: psycopg.Connection[Any], keys: dict[str, Keys]) -> None:
         self._bury(connection, keys)
         counts = dict(connection.execute(_CANDIDATES).fetchall())
         wanted = {name: counts.get(key.candidate, 1) for name, key in keys.items()}
@@ -202,7 +196,7 @@ class Consumers:
             self._workers[name] = worker
         worker.start()
 
-    def _bury(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
+    def _bury(self, connection: psycopg.Connection[Any], keys: dict[str, Keys]) -> None:
         """Free the locks of workers that have ended."""
         for worker in self._running():
             if not worker.alive:
@@ -220,16 +214,3 @@ class Consumers:
             worker.join()
         with self._guard:
             self._workers.clear()
-
-
-class _Keys:
-    """The two advisory locks of a consumer; the table's oid keeps schemas apart."""
-
-    def __init__(self, table: int, name: str) -> None:
-        self.holder = _number(f"holder:{table}:{name}")
-        self.candidate = _number(f"candidate:{table}:{name}")
-
-
-def _number(text: str) -> int:
-    digest = hashlib.blake2b(f"pgnotify:{text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, signed=True)

@@ -17,6 +17,7 @@ from django.contrib.messages import get_messages
 from django.core.management import CommandError, call_command
 from django.db import ProgrammingError, connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
@@ -237,6 +238,31 @@ def test_consumers_are_listed_with_their_lag_by_the_command_and_by_the_status(
     with pytest.raises(SystemExit):
         call_command("pgnotify_status", "--timeout", "0", stdout=out)
     assert "EVENTS BEHIND" in out.getvalue()
+
+
+def test_a_consumer_whose_process_was_killed_is_not_shown_as_run(
+    admin: Client, recorder: Recorder
+) -> None:
+    for number in range(3):
+        consume(Recorder(), f"consumer {number}")
+    with running_listener() as listener:
+        assert listener.service is not None
+        until(lambda: Consumer.objects.exclude(holder="").count() == 4)
+        with CaptureQueriesContext(connection) as queries:
+            states = {one.name: consumers.state_of(one) for one, _ in consumers.consumers()}
+        assert set(states.values()) == {"runs"}
+        assert sum("pg_locks" in one["sql"] for one in queries) == 1
+        with CaptureQueriesContext(connection) as queries:
+            assert page(admin, "consumer").count('<td class="field-state">runs</td>') == 4
+        assert sum("pg_locks" in one["sql"] for one in queries) == 1
+        assert consumers.state_of(stored()) == "runs"
+    # What it leaves behind that has no time to say that it ends.
+    Consumer.objects.update(holder="gone:1")
+    assert {one["state"] for one in json.loads(command("pgnotify_consumers", "--json"))} == {
+        "not run"
+    }
+    assert '<td class="field-state">not run</td>' in page(admin, "consumer")
+    assert consumers.state_of(stored()) == "not run"
 
 
 def test_a_consumer_of_the_code_that_has_no_row_yet_is_listed_with_what_makes_it() -> None:
