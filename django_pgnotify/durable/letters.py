@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..events import Event
@@ -17,23 +18,37 @@ if TYPE_CHECKING:
 LETTERS_AT_ONCE = 200
 
 
-def run_letters(worker: Worker, seconds: float) -> None:
+def run_letters(worker: Worker, seconds: float) -> bool:
     """Try what is due, by id, one at least and for so long, and store what became of it.
 
     A letter whose key has just failed again waits with it.
+
+    Returns:
+        Whether more may be due.
 
     Raises:
         CursorLost: somebody else runs the consumer.
         django.db.Error: the database cannot be used.
     """
+    letters = worker.state.letters(LETTERS_AT_ONCE)
+    ends = time.monotonic() + seconds  # to find them may have taken longer
+    while _run(worker, letters, ends):
+        if worker.stopping or time.monotonic() > ends:
+            return True
+        letters = worker.state.letters(LETTERS_AT_ONCE)
+    return False
+
+
+def _run(worker: Worker, letters: Sequence[Letter], ends: float) -> bool:
+    """Try some, the first whatever the time is; whether there may be more."""
     blocked: set[str] = set()
     done: list[int] = []
     events: list[Event] = []
     failed: list[Verdict] = []
-    letters = worker.state.letters(LETTERS_AT_ONCE)
-    ends = time.monotonic() + seconds  # to find them may have taken longer
+    more = len(letters) == LETTERS_AT_ONCE
     for place, letter in enumerate(letters):
         if worker.stopping or (place and time.monotonic() > ends):
+            more = True
             break
         if letter.key in blocked:
             continue
@@ -59,6 +74,7 @@ def run_letters(worker: Worker, seconds: float) -> None:
         worker.state.settle(done, failed)
     worker.stats.add("handled", len(events))
     worker.observe(events)
+    return more
 
 
 def _call(worker: Worker, letter: Letter, entry: Entry) -> BaseException | None:

@@ -37,7 +37,7 @@ logger = logging.getLogger("django_pgnotify.durable")
 SLICE = 0.25
 """Seconds after which what has been handled is stored, at the latest after the event at hand.
 
-So long, at least, has the log its turn before letters that are due have theirs.
+So long has the log its turn before letters that are due have theirs, or as long as those had.
 """
 
 RETRY_BASE = 0.5
@@ -85,7 +85,7 @@ class Worker:
         self._observe = observe
         self._awake = threading.Event()
         self._asked = False
-        self._turn_ends = 0.0
+        self._turn, self._turn_ends = SLICE, 0.0
         self._more = False
         self._stop = threading.Event()
         self._said = ""
@@ -206,7 +206,7 @@ class Worker:
 
         In the middle of a page too: of slow events, one lasts for long.
         """
-        self._turn_ends, self._more = time.monotonic() + SLICE, True
+        self._turn_ends, self._more = time.monotonic() + self._turn, True
         while not self._halted:
             under_way = cursor.target
             page = self.reader.next_page(cursor)
@@ -356,16 +356,18 @@ class Worker:
 
     def _run_letters(self, control: Control) -> set[str]:
         """Try again what is due, by key in order; returns the keys that still wait."""
-        self._letters_due = None
+        self._letters_due, self._turn = None, SLICE
         if not control.has_letters:
             return set()
-        run_letters(self, SLICE)
+        begun = time.monotonic()
+        more = run_letters(self, SLICE)
         next_in = self.state.next_letter_in()
         control = self.state.control()
         if next_in is not None:
             self._letters_due = time.monotonic() + next_in
-        if self.state.letters(1):
+        if more or self.state.letters(1):
             self._letters_due = 0.0
+        self._turn = max(SLICE, time.monotonic() - begun)
         return set(control.waiting_keys)
 
     # -- the rest -------------------------------------------------------------------------------

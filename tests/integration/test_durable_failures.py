@@ -34,7 +34,7 @@ from tests.integration.durable import (
     wake,
     write,
 )
-from tests.integration.recording import Gate, Recorder, failures, query, stats
+from tests.integration.recording import DEADLINE, Gate, Recorder, failures, query, stats
 from tests.testapp.models import Order, Sku, Tag
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -255,6 +255,32 @@ def test_what_is_to_be_tried_again_does_not_wait_for_the_end_of_a_backlog(
     assert list(dict.fromkeys(heard.data)) == list(range(1100))
     assert transactional or len(heard.data) == 1100
     assert letters() == []
+
+
+def test_more_letters_than_are_read_at_once_are_tried_again_in_one_turn(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    settings.PGNOTIFY_SWEEP_INTERVAL = 1000.0
+    looks, look = Recorder(), ConsumerState.control
+
+    def note(self: ConsumerState) -> Any:
+        looks(self)  # type: ignore[arg-type]
+        return look(self)
+
+    monkeypatch.setattr("django_pgnotify.durable.letters.LETTERS_AT_ONCE", 3)
+    heard = Recorder()
+    publish_many(LEDGER, range(20), key="k")
+    with _running_worker(Receiver("ledger", heard, (LEDGER,), start="beginning")) as one:
+        heard.wait_for(20)
+        _until_handled(20)
+        monkeypatch.setattr(worker, "SLICE", DEADLINE)
+        monkeypatch.setattr(ConsumerState, "control", note)
+        consumers.replay("ledger", events=LoggedEvent.objects.values_list("id", flat=True))
+        one.wake(asked=True)
+        heard.wait_for(40)
+        until(lambda: letters() == [])
+    assert heard.data == [*range(20), *range(20)]
+    assert len(looks.events) <= 3  # before, behind, and of the next turn
 
 
 @pytest.mark.usefixtures("_short_turns")
