@@ -66,12 +66,13 @@ class Calls:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._receiver = receiver
+        self._is_async = receiver.is_async  # which is looked up in the function each time
         self._subscriptions = frozenset((one.topic, one.model) for one in subscriptions)
         self._loop = loop
         self._connections: set[BaseDatabaseWrapper] = set()
         self._several = receiver.concurrency > 1
         self._threads: ThreadPoolExecutor | None = None
-        if self._several and not receiver.is_async:
+        if self._several and not self._is_async:
             self._threads = ThreadPoolExecutor(
                 receiver.concurrency, thread_name_prefix=f"pgnotify-{receiver.uid}"
             )
@@ -91,7 +92,7 @@ class Calls:
         """
         if self._several:
             events = events[: self._receiver.concurrency * EVENTS_AHEAD]
-        if self._receiver.is_async:
+        if self._is_async:
             run = self._run_async(events, blocked, limits)
             return cast("list[Outcome]", self._on_loop(run))
         if self._threads is not None:
@@ -106,7 +107,7 @@ class Calls:
 
     def call(self, event: Event) -> None:
         """Call it with one event, in this thread or on the loop; what it raises is raised."""
-        if self._receiver.is_async:
+        if self._is_async:
             self._on_loop(self._await(event))
         else:
             # A fresh context: nothing of one call is seen by the next.
@@ -117,11 +118,11 @@ class Calls:
 
         Not for use in a transaction, which would keep a part of the first call.
         """
-        if self._receiver.is_async:
+        if self._is_async:
             self._on_loop(self._handle_async(event))
             return
         try:
-            self.call(event)
+            contextvars.Context().run(self._receiver.func, event)
         except Exception as exc:
             close_lost()
             if not is_loss(exc):
@@ -129,7 +130,7 @@ class Calls:
             self._note_loss(event, exc)
         else:
             return
-        self.call(event)
+        contextvars.Context().run(self._receiver.func, event)
 
     def close(self) -> None:
         """Let go of the threads and of their connections."""

@@ -58,6 +58,7 @@ def prepare_some(
     size = 0
     while ahead and size < BYTES_AT_ONCE:
         logged = ahead.popleft()
-        entries.append(prepare(logged, body(logged), using))
-        size += len(entries[-1].body)
+        text = body(logged)
+        entries.append(prepare(logged, text, using))
+        size += len(text or "")
     return entries
