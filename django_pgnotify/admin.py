@@ -13,6 +13,7 @@ from django.utils.functional import cached_property
 from django.utils.html import format_html
 
 from . import consumers
+from .conf import conf
 from .durable.lag import lag_of
 from .models import Consumer, DeadLetter, LoggedEvent
 
@@ -57,7 +58,14 @@ class Topics(admin.SimpleListFilter):
 
 
 class ReadOnly(admin.ModelAdmin):
-    """Nothing of the bus is edited by hand."""
+    """Nothing of the bus is edited by hand. It is read where it is: on ``PGNOTIFY_DATABASE``."""
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        # As the commands do: no router knows of that setting.
+        return super().get_queryset(request).using(conf.DATABASE)
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        """Write nothing: a row as it was read would undo what a listener has stored since."""
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -96,6 +104,11 @@ class ConsumerAdmin(ReadOnly):
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         # Django deletes row by row, and asks about related rows: pgnotify_consumers --delete.
         return False
+
+    def get_changelist_instance(self, request: HttpRequest) -> Any:
+        shown = super().get_changelist_instance(request)
+        consumers.look_who_holds(shown.result_list)
+        return shown
 
     @admin.display(description="topics")
     def topic_list(self, consumer: Consumer) -> str:
@@ -159,13 +172,22 @@ class Waiting(admin.SimpleListFilter):
         return queryset.filter(retry_at__isnull=self.value() == "dead")
 
 
+class OfConsumer(admin.RelatedFieldListFilter):
+    """The consumers that there are where the letters are."""
+
+    def field_choices(self, field: Any, request: HttpRequest, model_admin: Any) -> Any:
+        using = model_admin.get_queryset(request).db
+        known = Consumer.objects.using(using).order_by("name").values_list("pk", "name")
+        return [(str(pk), name) for pk, name in known]
+
+
 @admin.register(DeadLetter)
 class DeadLetterAdmin(ReadOnly):
     list_display = (
         *("event_id", "consumer", "topic", "key", "attempts", "failed_at", "retry_at"),
         "last_error",
     )
-    list_filter = (Waiting, "consumer", "failed_at")
+    list_filter = (Waiting, ("consumer", OfConsumer), "failed_at")
     list_select_related = ("consumer",)
     search_fields = ("=key", "error")
     ordering = ("event_id",)

@@ -21,6 +21,7 @@ from .durable.cursor import BEGINNING, Logged, put_restored_behind
 from .durable.entries import prepare
 from .durable.epoch import current_epoch
 from .durable.lag import Lag, lag_of
+from .durable.locks import held
 from .durable.state import current_snapshot
 from .durable.waking import wake_consumers
 from .exceptions import InvalidArgument, UnknownConsumer
@@ -51,7 +52,18 @@ def consumer(name: str, using: str | None = None) -> Consumer:
 def consumers(using: str | None = None) -> list[tuple[Consumer, Lag]]:
     """All consumers by name, each with how far it is behind."""
     alias = conf.DATABASE if using is None else using
-    return [(one, lag_of(one)) for one in Consumer.objects.using(alias).order_by("name")]
+    known = list(Consumer.objects.using(alias).order_by("name"))
+    look_who_holds(known)
+    return [(one, lag_of(one)) for one in known]
+
+
+def look_who_holds(known: Iterable[Consumer]) -> None:
+    """Set ``held`` of consumers, which are on one database, by one query."""
+    rows = list(known)
+    if rows:
+        names = held([one.name for one in rows], rows[0]._state.db or "default")
+        for one in rows:
+            one.held = one.name in names
 
 
 def state_of(one: Consumer) -> str:
@@ -60,7 +72,9 @@ def state_of(one: Consumer) -> str:
         return f"waits for a resync: {one.resync}"
     if one.paused:
         return "paused"
-    return "runs" if one.holder else "not run"
+    if one.held is None:
+        look_who_holds([one])
+    return "runs" if one.held and one.holder else "not run"
 
 
 def pause(name: str, using: str | None = None) -> None:

@@ -100,6 +100,9 @@ class Consumer(models.Model):
     created_at = models.DateTimeField(db_default=Now())
     moved_at = models.DateTimeField(db_default=Now(), help_text="When the cursor last moved.")
 
+    held: bool | None = None
+    """Whether a process has its lock, where that was looked up: ``holder`` outlives a SIGKILL."""
+
     class Meta:
         db_table = "pgnotify_consumer"
         default_permissions = ("view", "change", "delete")

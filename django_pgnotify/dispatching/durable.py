@@ -42,8 +42,6 @@ class DurableSide:
         observe: Observe | None,
     ) -> None:
         self.live_routes: list[Route] = []
-        self.registered = True
-        """Whether every consumer exists, so that what is published now will be read by it."""
         self._entries: list[tuple[Receiver, tuple[Subscription, ...]]] = []
         default = conf.DELIVERY
         topics: set[str] = set()
@@ -59,6 +57,8 @@ class DurableSide:
                 )
                 self._entries.append((route.receiver, streams))
                 topics.update(one.topic for one in streams)
+        self.registered = not self._entries
+        """Whether every consumer exists, so that what is published now will be read by it."""
         heard_live = {one.topic for route in self.live_routes for one in route.subscriptions}
         self.topics = frozenset(topics)
         self._only_woken = self.topics - heard_live
@@ -71,6 +71,7 @@ class DurableSide:
         self._observe = observe
         self._loop: asyncio.AbstractEventLoop | None = None
         self._consumers: Any = None
+        self._stopping = False
 
     @property
     def channels(self) -> frozenset[str]:
@@ -87,12 +88,14 @@ class DurableSide:
         self._silent -= channels
 
     def start(self, registered: Callable[[], None]) -> None:
-        """Begin to share and run the consumers; ``registered`` is called once they exist."""
-        if not self._entries:
+        """Begin to share and run the consumers; ``registered`` is called once they exist.
+
+        Once the listener's way has been proven, and not before: through a pooler the consumers'
+        locks would outlive this process on a connection of the pooler's. Again, it does nothing.
+        """
+        if not self._entries or self._stopping or self._consumers is not None:
             return
         from ..durable.sharing import Consumers  # models are not importable before the apps are
-
-        self.registered = False
 
         def now_registered() -> None:
             self.registered = True
@@ -129,6 +132,7 @@ class DurableSide:
 
     def stop(self) -> None:
         """Begin nothing more."""
+        self._stopping = True
         if self._consumers is not None:
             self._consumers.stop()
 

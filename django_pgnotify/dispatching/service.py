@@ -203,7 +203,6 @@ class Service:
             chores.append(asyncio.create_task(self._report_for_ever(), name="pgnotify-health"))
         if self._may_feed and self.feed is None:
             chores.append(asyncio.create_task(self._feed_once_in_use(), name="pgnotify-feed"))
-        self.durable.start(self._ready)
         try:
             await self.listener.run()
         finally:
@@ -228,6 +227,7 @@ class Service:
     def established(self, channels: frozenset[str]) -> None:
         self._established = True
         self._report_health()
+        self.durable.start(self._ready)
         self.durable.wake_all()
         self._ready()
 

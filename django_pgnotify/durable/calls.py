@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from asgiref.sync import sync_to_async
 from django.db import DatabaseError, InterfaceError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from ..events import Event
 from ..registry import Receiver, Subscription, accepts
 from .log import storable
+from .losses import close_lost, is_loss
+
+logger = logging.getLogger("django_pgnotify.durable")
 
 Outcome = Literal["done", "behind"] | BaseException
 """Of one event: handled; not tried, since one before it of the same key waits; or its failure."""
@@ -61,12 +66,13 @@ class Calls:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._receiver = receiver
+        self._is_async = receiver.is_async  # which is looked up in the function each time
         self._subscriptions = frozenset((one.topic, one.model) for one in subscriptions)
         self._loop = loop
         self._connections: set[BaseDatabaseWrapper] = set()
         self._several = receiver.concurrency > 1
         self._threads: ThreadPoolExecutor | None = None
-        if self._several and not receiver.is_async:
+        if self._several and not self._is_async:
             self._threads = ThreadPoolExecutor(
                 receiver.concurrency, thread_name_prefix=f"pgnotify-{receiver.uid}"
             )
@@ -86,11 +92,12 @@ class Calls:
         """
         if self._several:
             events = events[: self._receiver.concurrency * EVENTS_AHEAD]
-        if self._receiver.is_async:
+        if self._is_async:
             run = self._run_async(events, blocked, limits)
             return cast("list[Outcome]", self._on_loop(run))
         if self._threads is not None:
             return self._in_threads(self._threads, events, blocked)
+        close_lost()  # by an error that the receiver has kept to itself
         outcomes: list[Outcome] = []
         for event in events:
             outcomes.append(self._call(event, blocked))
@@ -100,11 +107,30 @@ class Calls:
 
     def call(self, event: Event) -> None:
         """Call it with one event, in this thread or on the loop; what it raises is raised."""
-        if self._receiver.is_async:
+        if self._is_async:
             self._on_loop(self._await(event))
         else:
             # A fresh context: nothing of one call is seen by the next.
             contextvars.Context().run(self._receiver.func, event)
+
+    def handle(self, event: Event) -> None:
+        """The same, and once more, at once, where a connection has been lost.
+
+        Not for use in a transaction, which would keep a part of the first call.
+        """
+        if self._is_async:
+            self._on_loop(self._handle_async(event))
+            return
+        try:
+            contextvars.Context().run(self._receiver.func, event)
+        except Exception as exc:
+            close_lost()
+            if not is_loss(exc):
+                raise
+            self._note_loss(event, exc)
+        else:
+            return
+        contextvars.Context().run(self._receiver.func, event)
 
     def close(self) -> None:
         """Let go of the threads and of their connections."""
@@ -122,7 +148,7 @@ class Calls:
         if not self.wants(event):
             return "done"
         try:
-            contextvars.Context().run(self._receiver.func, event)
+            self.handle(event)
         except BaseException as exc:  # noqa: BLE001 - sys.exit() in a receiver is its failure
             return self._note(event, exc, blocked)
         return "done"
@@ -133,7 +159,7 @@ class Calls:
         if not self.wants(event):
             return "done"
         try:
-            await self._await(event)
+            await self._handle_async(event)
         except (Exception, SystemExit, asyncio.CancelledError) as exc:  # noqa: BLE001 - as above
             return self._note(event, exc, blocked)
         return "done"
@@ -146,6 +172,27 @@ class Calls:
             if limit.expired():
                 exc.args = (self._receiver.timed_out,)
             raise
+
+    async def _handle_async(self, event: Event) -> None:
+        try:
+            await self._await(event)
+        except Exception as exc:
+            if not is_loss(exc):
+                raise
+            # There it has its connections, if it has any, and shares them with others.
+            await sync_to_async(close_lost)()
+            self._note_loss(event, exc)
+        else:
+            return
+        await self._await(event)
+
+    def _note_loss(self, event: Event, exc: BaseException) -> None:
+        logger.info(
+            "Consumer %s lost a connection on event %s, and handles it again: %s",
+            self._receiver.uid,
+            event.id,
+            (str(exc).strip().splitlines() or [type(exc).__name__])[0],
+        )
 
     def _note(self, event: Event, exc: BaseException, blocked: set[str]) -> BaseException:
         key = storable(event.key)
@@ -161,6 +208,7 @@ class Calls:
         outcomes: list[Outcome] = ["done"] * len(events)
 
         def run_group(places: list[int]) -> None:
+            close_lost()
             try:
                 for place in places:
                     outcomes[place] = self._call(events[place], blocked)

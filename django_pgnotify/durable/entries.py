@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..decoding import event_from
@@ -11,6 +13,9 @@ from ..listening.intake import resolve_row
 from ..strict_json import loads
 from .cursor import Logged
 from .log import storable
+
+BYTES_AT_ONCE = 4 * 1024 * 1024
+"""Bytes of JSON, about, that are decoded before they are handled."""
 
 
 class Entry(NamedTuple):
@@ -43,3 +48,17 @@ def prepare(logged: Logged, body: str | None, using: str) -> Entry:
     except (FrameError, ValueError) as exc:
         return Entry(logged, body, None, str(exc))
     return Entry(logged, body, event)
+
+
+def prepare_some(
+    ahead: deque[Logged], body: Callable[[Logged], str | None], using: str
+) -> list[Entry]:
+    """Decode and remove the first of the rows ahead, as many as may be in memory whole."""
+    entries: list[Entry] = []
+    size = 0
+    while ahead and size < BYTES_AT_ONCE:
+        logged = ahead.popleft()
+        text = body(logged)
+        entries.append(prepare(logged, text, using))
+        size += len(text or "")
+    return entries

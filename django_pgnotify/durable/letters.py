@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..events import Event
@@ -17,21 +18,37 @@ if TYPE_CHECKING:
 LETTERS_AT_ONCE = 200
 
 
-def run_letters(worker: Worker, ends: float) -> None:
-    """Try what is due, by id, until ``ends`` (monotonic seconds) and store what became of it.
+def run_letters(worker: Worker, seconds: float) -> bool:
+    """Try what is due, by id, one at least and for so long, and store what became of it.
 
     A letter whose key has just failed again waits with it.
+
+    Returns:
+        Whether more may be due.
 
     Raises:
         CursorLost: somebody else runs the consumer.
         django.db.Error: the database cannot be used.
     """
+    letters = worker.state.letters(LETTERS_AT_ONCE)
+    ends = time.monotonic() + seconds  # to find them may have taken longer
+    while _run(worker, letters, ends):
+        if worker.stopping or time.monotonic() > ends:
+            return True
+        letters = worker.state.letters(LETTERS_AT_ONCE)
+    return False
+
+
+def _run(worker: Worker, letters: Sequence[Letter], ends: float) -> bool:
+    """Try some, the first whatever the time is; whether there may be more."""
     blocked: set[str] = set()
     done: list[int] = []
     events: list[Event] = []
     failed: list[Verdict] = []
-    for letter in worker.state.letters(LETTERS_AT_ONCE):
-        if worker.stopping or time.monotonic() > ends:
+    more = len(letters) == LETTERS_AT_ONCE
+    for place, letter in enumerate(letters):
+        if worker.stopping or (place and time.monotonic() > ends):
+            more = True
             break
         if letter.key in blocked:
             continue
@@ -57,6 +74,7 @@ def run_letters(worker: Worker, ends: float) -> None:
         worker.state.settle(done, failed)
     worker.stats.add("handled", len(events))
     worker.observe(events)
+    return more
 
 
 def _call(worker: Worker, letter: Letter, entry: Entry) -> BaseException | None:
@@ -67,13 +85,14 @@ def _call(worker: Worker, letter: Letter, entry: Entry) -> BaseException | None:
     if worker.receiver.transactional:
 
         def handle() -> None:
-            worker.calls.call(event)
+            if worker.calls.wants(event):
+                worker.calls.call(event)
             worker.state.settle([letter.id])
 
         return in_transaction(worker, handle)
     try:
         if worker.calls.wants(event):
-            worker.calls.call(event)
+            worker.calls.handle(event)
     except BaseException as exc:  # noqa: BLE001 - a receiver's failure, whatever it is
         return exc
     return None

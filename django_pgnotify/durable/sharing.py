@@ -8,11 +8,11 @@ dies lets go of it at once, and another takes over. A second, shared lock on eac
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -24,6 +24,7 @@ from ..listening.connection import SERVER_KEEPALIVES
 from ..listening.parameters import connection_params, with_keepalives
 from ..registry import Receiver, Subscription
 from ..stats import Stats
+from .locks import GRANTED, TABLE, Keys
 from .log import reason
 from .shares import PATIENCE, decide
 from .state import create, register
@@ -34,13 +35,7 @@ logger = logging.getLogger("django_pgnotify.durable")
 KEPT = 30.0
 """Seconds for which a consumer that nobody else took is not offered to them again."""
 
-_OID = "SELECT 'pgnotify_consumer'::regclass::oid"
-_CANDIDATES = """
-    SELECT (classid::bigint << 32) | objid::bigint, count(DISTINCT pid) FROM pg_locks
-    WHERE locktype = 'advisory' AND objsubid = 1 AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    GROUP BY 1
-"""
+_CANDIDATES = f"SELECT key, count(DISTINCT pid) FROM ({GRANTED}) AS granted GROUP BY key"  # noqa: S608
 
 _TOPICS = "SELECT name, topics FROM pgnotify_consumer WHERE name = ANY (%s)"
 
@@ -92,10 +87,10 @@ class Consumers:
         self._thread.start()
 
     def wake(self, topics: frozenset[str] | None = None) -> None:
-        """There may be something new on these topics; None means on any."""
+        """There may be something new on these topics; None means of any kind."""
         for worker in self._running():
             if topics is None or not topics.isdisjoint(worker.topics):
-                worker.wake()
+                worker.wake(asked=topics is None)
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -156,13 +151,14 @@ class Consumers:
             **with_keepalives(params, conf.CONNECT_TIMEOUT), autocommit=True
         ) as connection:
             connection.execute(SERVER_KEEPALIVES)
-            [(table,)] = connection.execute(_OID)
-            keys = {name: _Keys(int(table), name) for name in self._entries}
+            [(table,)] = connection.execute(TABLE)
+            keys = {name: Keys(int(table), name) for name in self._entries}
             for key in keys.values():
                 connection.execute("SELECT pg_advisory_lock_shared(%s)", [key.candidate])
             self._left = set()
             if self._registered is not None:
-                self._loop.call_soon_threadsafe(self._registered)
+                with suppress(RuntimeError):  # the loop has been closed
+                    self._loop.call_soon_threadsafe(self._registered)
                 self._registered = None
             while not self._stopping.is_set():
                 self._look(connection, keys)
@@ -171,7 +167,7 @@ class Consumers:
             # With the connection the locks are gone: nobody may take over before all is stored.
             self._end_all()
 
-    def _look(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
+    def _look(self, connection: psycopg.Connection[Any], keys: dict[str, Keys]) -> None:
         self._bury(connection, keys)
         self._leave(connection, keys)
         keys = {name: key for name, key in keys.items() if name not in self._left}
@@ -194,7 +190,7 @@ class Consumers:
                 self._kept_until[name] = time.monotonic() + KEPT
             self._begin(name)
 
-    def _leave(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
+    def _leave(self, connection: psycopg.Connection[Any], keys: dict[str, Keys]) -> None:
         """Leave consumers to others while they have topics that this process does not read."""
         left = set()
         for name, topics in connection.execute(_TOPICS, [list(keys)]).fetchall():
@@ -232,7 +228,7 @@ class Consumers:
             self._workers[name] = worker
         worker.start()
 
-    def _bury(self, connection: psycopg.Connection[Any], keys: dict[str, _Keys]) -> None:
+    def _bury(self, connection: psycopg.Connection[Any], keys: dict[str, Keys]) -> None:
         """Free the locks of workers that have ended."""
         for worker in self._running():
             if not worker.alive:
@@ -254,16 +250,3 @@ class Consumers:
 
 def _topics(streams: Sequence[Subscription]) -> list[str]:
     return list(dict.fromkeys(one.topic for one in streams))
-
-
-class _Keys:
-    """The two advisory locks of a consumer; the table's oid keeps schemas apart."""
-
-    def __init__(self, table: int, name: str) -> None:
-        self.holder = _number(f"holder:{table}:{name}")
-        self.candidate = _number(f"candidate:{table}:{name}")
-
-
-def _number(text: str) -> int:
-    digest = hashlib.blake2b(f"pgnotify:{text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, signed=True)

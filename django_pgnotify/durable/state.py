@@ -85,6 +85,10 @@ class CursorLost(Exception):
     """The consumer has been claimed by another process, set anew by an operator, or deleted."""
 
 
+class Replaced(CursorLost):
+    """Another process has claimed the consumer: it is that one's to run."""
+
+
 class Claim(NamedTuple):
     """A consumer as it was when this process began to run it."""
 
@@ -237,8 +241,10 @@ class ConsumerState:
             raise CursorLost("it was deleted")
         *known, keys = rows[0]
         control = Control._make([*known, frozenset(keys or ())])
-        if (control.claim, control.revision) != (self._claim, self._revision):
-            raise CursorLost("it was claimed by another process, or set anew by an operator")
+        if control.claim != self._claim:
+            raise Replaced("it was claimed by another process")
+        if control.revision != self._revision:
+            raise CursorLost("it was set anew by an operator")
         self.paused = control.paused
         return control
 
@@ -256,9 +262,17 @@ class ConsumerState:
         owned = (self._id, self._claim, self._revision)
         rows = self._execute(_MOVE, *cursor, handled, *owned)
         if not rows:
-            raise CursorLost("it was claimed by another process, or set anew by an operator")
-
+            raise self._lost()
         self.paused = rows[0][0]
+
+    def _lost(self) -> CursorLost:
+        """Why nothing can be written any more."""
+        rows = self._execute("SELECT claim FROM pgnotify_consumer WHERE id = %s", self._id)
+        if not rows:
+            return CursorLost("it was deleted")
+        if rows[0][0] != self._claim:
+            return Replaced("it was claimed by another process")
+        return CursorLost("it was set anew by an operator")
 
     def _park(self, one: Parked) -> None:
         event = one.event
@@ -287,7 +301,7 @@ class ConsumerState:
         """Store what became of letters, in one transaction."""
         with transaction.atomic(self.using):
             if self._write(_SETTLE, len(done), self._id, self._claim) != 1:
-                raise CursorLost("it was claimed by another process")
+                raise self._lost()
             if done:
                 self._write(_DONE, list(done), [self._due.get(letter) for letter in done])
             for letter, attempts, retry_in, error in failed:

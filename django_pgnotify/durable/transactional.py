@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from django.db import connections, transaction
 
 from .entries import Entry
+from .losses import close_lost, is_loss
 from .state import CursorLost, Parked
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ BATCH_SECONDS = 0.1
 """Events, and seconds, that share a transaction at most: what they lock stays locked for it."""
 
 CONFLICT_ATTEMPTS = 5
-"""How often a deadlock or serialization failure is simply tried again."""
+"""How often a deadlock, serialization failure or lost connection is simply tried again."""
 
 
 class _Attempt:
@@ -163,7 +164,8 @@ def in_transaction(worker: Worker, handle: Callable[[], None]) -> BaseException 
                 _log_hook(worker, exc)
                 return None
             attempt.check_doubt(exc)
-            if number < CONFLICT_ATTEMPTS and _is_conflict(exc):
+            close_lost()
+            if number < CONFLICT_ATTEMPTS and (_is_conflict(exc) or is_loss(exc)):
                 continue
             return exc
         else:

@@ -11,31 +11,34 @@ import logging
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connections
 
 from .. import signals
 from ..backoff import Backoff
 from ..conf import conf
-from ..decoding import gap_event
 from ..events import Event
 from ..registry import Receiver, Subscription
 from ..stats import Stats
 from .calls import Calls, Limits
 from .cursor import Cursor, LogReader, Page, TransactionIdsWentBack
-from .entries import Entry, prepare
-from .epoch import Epoch, current_epoch
+from .entries import Entry, prepare_some
+from .gaps import Gaps, check_epoch
 from .letters import run_letters
 from .log import reason, storable
-from .state import Claim, ConsumerState, Control, CursorLost, Parked, create
+from .losses import is_loss
+from .state import ConsumerState, Control, CursorLost, Parked, Replaced, create
 from .transactional import run_in_transactions
 
 logger = logging.getLogger("django_pgnotify.durable")
 
 SLICE = 0.25
-"""Seconds after which what has been handled is stored, at the latest after the event at hand."""
+"""Seconds after which what has been handled is stored, at the latest after the event at hand.
+
+So long has the log its turn before letters that are due have theirs, or as long as those had.
+"""
 
 RETRY_BASE = 0.5
 RETRY_CAP = 300.0
@@ -76,10 +79,14 @@ class Worker:
         self.state = ConsumerState(receiver.uid, using)
         self.calls = Calls(receiver, subscriptions, loop)
         self.reader = LogReader(using, self.topics)
+        self._gaps = Gaps(self, retry_pause)
         self.one_by_one = 0
         """Events that are to have a transaction each, because one of them has failed."""
         self._observe = observe
         self._awake = threading.Event()
+        self._asked = False
+        self._turn, self._turn_ends = SLICE, 0.0
+        self._more = False
         self._stop = threading.Event()
         self._said = ""
         self._letters_due: float | None = None
@@ -99,8 +106,10 @@ class Worker:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def wake(self) -> None:
-        """There may be something new."""
+    def wake(self, *, asked: bool = False) -> None:
+        """There may be something new; ``asked``: by an operator, and not in the log."""
+        if asked:
+            self._asked = True
         self._awake.set()
 
     def stop(self) -> None:
@@ -125,6 +134,11 @@ class Worker:
             while not self.stopping:
                 try:
                     self._consume(pauses)
+                except Replaced as exc:
+                    # That one holds the lock, and this process has lost it without noticing. To
+                    # claim it once more would have both take it from each other until it does.
+                    logger.warning("Consumer %s ends here: %s", self.receiver.uid, exc)
+                    break
                 except CursorLost as exc:
                     logger.info("Consumer %s begins anew: %s", self.receiver.uid, exc)
                 except (DatabaseError, InterfaceError) as exc:
@@ -143,38 +157,56 @@ class Worker:
     def _consume(self, pauses: Backoff) -> None:
         create(self.receiver.uid, self.topics, self.receiver.start, self.using)
         claim = self.state.claim(conf.source, self.topics)
-        self._check_epoch(claim)
+        check_epoch(self.state, claim)
         self.reader.reset()
         cursor = claim.cursor
         while not self.stopping:
             # Cleared before the look that it guards.
             self._awake.clear()
+            self._asked = False
+            pause = conf.SWEEP_INTERVAL
             control = self.state.control()
             if control.paused or control.resync:
                 self._say(control.resync or "")
             else:
-                self._tell_gap(control)
+                self._gaps.tell(control)
                 blocked = self._run_letters(control)
                 try:
                     cursor = self._sweep(cursor, blocked)
                     self._say("")
                 except TransactionIdsWentBack as exc:
                     self.state.stop_for_resync(f"transaction ids went back: {exc}")
+                if self._more:
+                    pause = 0.0
+                elif (due := self._due) is not None:
+                    pause = min(pause, max(due - time.monotonic(), 0.0))
             pauses.reset()
             if not self.stopping:
-                self._awake.wait(self._pause())
+                self._awake.wait(pause)
 
-    def _pause(self) -> float:
-        """Seconds until it has to look again by itself."""
-        pause = conf.SWEEP_INTERVAL
-        if self._letters_due is not None:
-            pause = min(pause, max(self._letters_due - time.monotonic(), 0.0))
-        return pause
+    @property
+    def _due(self) -> float | None:
+        """When a letter or a gap is to be tried again (monotonic seconds)."""
+        return min(
+            (due for due in (self._letters_due, self._gaps.due) if due is not None), default=None
+        )
+
+    @property
+    def _turn_is_over(self) -> bool:
+        """Whether the log has had its time, and something beside it waits."""
+        now = time.monotonic()
+        if now < self._turn_ends:
+            return False
+        return self._asked or ((due := self._due) is not None and due <= now)
 
     # -- the log ----------------------------------------------------------------------------
 
     def _sweep(self, cursor: Cursor, blocked: set[str]) -> Cursor:
-        """Handle what is new, page by page, until a sweep is complete."""
+        """Handle what is new, page by page, until a sweep is complete or its turn is over.
+
+        In the middle of a page too: of slow events, one lasts for long.
+        """
+        self._turn_ends, self._more = time.monotonic() + self._turn, True
         while not self._halted:
             under_way = cursor.target
             page = self.reader.next_page(cursor)
@@ -186,14 +218,20 @@ class Worker:
                     self.state.move(page.end, 0)
                 cursor = page.end
             if not cursor.target and not under_way:
-                break  # of a sweep that began long ago, what came since is to be read now
+                # Of a sweep that began long ago, what came since is to be read now.
+                self._more = False
+                break
+            if self._turn_is_over:
+                break
         return cursor
 
     def _handle(self, page: Page, blocked: set[str]) -> Cursor:
         """Handle a page, slice by slice; returns the cursor that has been stored."""
-        waiting = [prepare(logged, self.reader.body(logged), self.using) for logged in page.events]
+        ahead, waiting = deque(page.events), list[Entry]()
         cursor = page.begin
-        while waiting and not self._halted:
+        while (ahead or waiting) and not self._halted:
+            if not waiting:
+                waiting = prepare_some(ahead, self.reader.body, self.using)
             if self.receiver.transactional:
                 done, parked = run_in_transactions(self, page, waiting, blocked)
             else:
@@ -203,6 +241,8 @@ class Worker:
                 cursor = page.after(waiting[done - 1].logged)
                 self._note_done(waiting[:done], parked)
                 del waiting[:done]
+            if self._turn_is_over:
+                break
         return cursor
 
     def _run_slice(self, waiting: Sequence[Entry], blocked: set[str]) -> tuple[int, list[Parked]]:
@@ -241,8 +281,13 @@ class Worker:
             self.state.move(cursor, handled, parked)
 
     def _note_done(self, done: Sequence[Entry], parked: Sequence[Parked]) -> None:
-        if parked:
-            self._letters_due = 0.0  # a look at the letters says when
+        now = time.monotonic()
+        for one in parked:
+            if one.retry_in is None:
+                continue
+            # One that waits behind another is due when that is.
+            due = now + one.retry_in if one.attempts else self._letters_due or 0.0
+            self._letters_due = due if self._letters_due is None else min(self._letters_due, due)
         self.stats.add("handled", len(done) - len(parked))
         aside = {one.event.id for one in parked}
         self.observe([one.event for one in done if one.event and one.logged.id not in aside])
@@ -260,9 +305,7 @@ class Worker:
         Raises:
             django.db.Error: it failed because the database is away, which is not its fault.
         """
-        if isinstance(exc, (DatabaseError, InterfaceError)):
-            with connections[self.using].cursor() as cursor:
-                cursor.execute("SELECT 1")
+        self.check_database(exc)
         will_retry = attempts <= self.receiver.retries
         self.stats.add("retried" if will_retry else "failed")
         event = one.event
@@ -288,6 +331,12 @@ class Worker:
         retry_in = retry_pause(attempts) if will_retry else None
         return Parked(one.logged, one.key, one.body, attempts, retry_in, error)
 
+    def check_database(self, exc: BaseException) -> None:
+        """Raise a ``django.db.Error`` if a failure came with the database being away."""
+        if isinstance(exc, (DatabaseError, InterfaceError)) or is_loss(exc):
+            with connections[self.using].cursor() as cursor:
+                cursor.execute("SELECT 1")
+
     def unusable(self, one: Entry) -> Parked:
         """What becomes of an event that no receiver can be given."""
         self.stats.add("broken")
@@ -307,61 +356,19 @@ class Worker:
 
     def _run_letters(self, control: Control) -> set[str]:
         """Try again what is due, by key in order; returns the keys that still wait."""
-        self._letters_due = None
+        self._letters_due, self._turn = None, SLICE
         if not control.has_letters:
             return set()
-        run_letters(self, time.monotonic() + SLICE)
+        begun = time.monotonic()
+        more = run_letters(self, SLICE)
         next_in = self.state.next_letter_in()
         control = self.state.control()
         if next_in is not None:
             self._letters_due = time.monotonic() + next_in
-        if self.state.letters(1):
+        if more or self.state.letters(1):
             self._letters_due = 0.0
+        self._turn = max(SLICE, time.monotonic() - begun)
         return set(control.waiting_keys)
-
-    # -- gaps and epochs ------------------------------------------------------------------------
-
-    def _check_epoch(self, claim: Claim) -> None:
-        now, then = current_epoch(self.using), Epoch.parse(claim.epoch)
-        cause = then.foreign_to(now)
-        if cause is not None:
-            self.state.stop_for_resync(cause)
-        elif then.timeline_changed(now):
-            self.state.note_gap(
-                f"the server's timeline is {now.timeline} and was {then.timeline}: it was "
-                f"promoted, or restored to a point in time",
-                str(now),
-            )
-
-    def _tell_gap(self, control: Control) -> None:
-        if not control.gap_cause:
-            return
-        logger.error(
-            "Consumer %s may have missed events from %s to %s: %s",
-            self.receiver.uid,
-            control.gap_since,
-            control.gap_until,
-            control.gap_cause,
-        )
-        self.stats.add("gaps")
-        until = control.gap_until or datetime.now(UTC)
-        if self.receiver.on_gap:
-            for topic in self.topics:
-                gap = gap_event(
-                    topic,
-                    since=control.gap_since,
-                    until=until,
-                    cause=control.gap_cause,
-                    using=self.using,
-                )
-                try:
-                    self.calls.call(gap)
-                except Exception as exc:
-                    logger.exception("Consumer %s failed on a gap", self.receiver.uid)
-                    signals.receiver_failed.send_robust(
-                        self.receiver.func, event=gap, exception=exc, attempt=1, will_retry=False
-                    )
-        self.state.gap_told(control)
 
     # -- the rest -------------------------------------------------------------------------------
 

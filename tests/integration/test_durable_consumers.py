@@ -13,8 +13,11 @@ from pytest_django import DjangoAssertNumQueries
 
 from django_pgnotify import Event, Topic, publish, publish_many, receiver, subscribe
 from django_pgnotify.conf import conf
+from django_pgnotify.durable import entries
+from django_pgnotify.durable.cursor import LogReader
 from django_pgnotify.durable.state import register as register_consumer
 from django_pgnotify.listening.background import stop_all
+from django_pgnotify.listening.listener import Listener
 from django_pgnotify.models import Consumer, LoggedEvent
 from django_pgnotify.registry import Registry, registry
 from django_pgnotify.testing import running_listener
@@ -29,7 +32,15 @@ from tests.integration.durable import (
     wake,
     write,
 )
-from tests.integration.recording import Gate, Recorder, notify, query, rolled_back
+from tests.integration.recording import (
+    DEADLINE,
+    Gate,
+    Recorder,
+    client,
+    notify,
+    query,
+    rolled_back,
+)
 from tests.testapp.models import Order, Sku
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -192,6 +203,30 @@ def test_large_events_are_read_whole(recorder: Recorder) -> None:
         publish(LEDGER, "y" * 40_000)
         recorder.wait_for(2)
     assert [(data[0], len(data)) for data in recorder.data] == [("x", 100_000), ("y", 40_000)]
+
+
+def test_of_a_page_of_large_events_no_more_is_read_than_is_at_hand(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "BYTES_AT_ONCE", 150_000)
+    read, body, at_hand = Recorder(), LogReader.body, []
+
+    def count(self: LogReader, event: Any) -> str | None:
+        read(event)
+        return body(self, event)
+
+    def work(event: Event) -> None:
+        recorder(event)
+        at_hand.append(len(read.events) - len(recorder.events) + 1)
+
+    monkeypatch.setattr(LogReader, "body", count)
+    consume(work)
+    register()
+    publish_many(LEDGER, [f"{number}" * 100_000 for number in range(10)])
+    with running_listener():
+        recorder.wait_for(10)
+    assert [data[0] for data in recorder.data] == list("0123456789")
+    assert at_hand == [2, 1] * 5
 
 
 # -- models -------------------------------------------------------------------------------------
@@ -422,6 +457,36 @@ def test_a_consumer_is_run_by_one_listener_and_taken_over_by_another(recorder: R
         publish(LEDGER, 2)
         recorder.wait_for(2)
     assert recorder.data == [1, 2]
+
+
+def test_no_consumer_is_held_before_the_way_is_proven(
+    recorder: Recorder, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a pooler a lock would stay on a connection of the pooler's, and lock others out."""
+    settings.PGNOTIFY_HEARTBEAT_TIMEOUT = 0.5
+    settings.PGNOTIFY_RECONNECT_MAX_DELAY = 0.1
+    consume(recorder)
+    register()
+    echo, held = Listener._echo, []
+
+    async def late_echo(self: Listener, nonce: str) -> None:
+        async with client() as other:
+            rows = await other.execute(
+                "SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)"
+                " WHERE locktype = 'advisory' AND application_name = 'pglisten consumers'"
+                " AND datname = current_database()"
+            )
+            held.append(await rows.fetchone())
+        if len(held) > 3:
+            await echo(self, nonce)
+
+    monkeypatch.setattr(Listener, "_echo", late_echo)
+    with running_listener(timeout=DEADLINE) as listener:
+        publish(LEDGER, 1)
+        recorder.wait_for(1)
+        assert listener.service is not None
+        assert listener.service.durable.held == ["ledger"]
+    assert held[:4] == [(0,)] * 4
 
 
 def test_the_loss_of_the_connection_that_holds_the_locks_is_survived(recorder: Recorder) -> None:

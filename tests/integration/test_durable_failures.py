@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
-from django.db import ProgrammingError, connection, transaction
+from asgiref.sync import sync_to_async
+from django.db import DatabaseError, ProgrammingError, connection, connections, transaction
+from django.utils import timezone
 
-from django_pgnotify import Event, consumers, publish, publish_many
+from django_pgnotify import Event, Topic, consumers, publish, publish_many
 from django_pgnotify.backoff import Backoff
+from django_pgnotify.conf import conf
 from django_pgnotify.durable import worker
 from django_pgnotify.durable.state import ConsumerState, CursorLost
-from django_pgnotify.registry import Receiver, Registry, registry
+from django_pgnotify.models import Consumer, LoggedEvent
+from django_pgnotify.registry import Receiver, Registry, Subscription, registry
 from django_pgnotify.stats import Stats
 from django_pgnotify.testing import running_listener
 from tests.integration.durable import (
@@ -29,10 +34,18 @@ from tests.integration.durable import (
     wake,
     write,
 )
-from tests.integration.recording import Gate, Recorder, alias_at, failures, query, stats
+from tests.integration.recording import (
+    DEADLINE,
+    Gate,
+    Recorder,
+    alias_at,
+    failures,
+    query,
+    stats,
+)
 from tests.integration.redirecting import new_connections
 from tests.proxy import TCPProxy
-from tests.testapp.models import Sku, Tag
+from tests.testapp.models import Order, Sku, Tag
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -222,19 +235,188 @@ def test_an_async_receiver_that_takes_too_long_or_is_cancelled_has_failed() -> N
     ]
 
 
+@pytest.fixture
+def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails is due at once, and the log has a turn of one event."""
+    monkeypatch.setattr(worker, "RETRY_BASE", 0.0)
+    monkeypatch.setattr(worker, "SLICE", 0.0)
+
+
+@pytest.mark.usefixtures("_short_turns")
+@pytest.mark.parametrize("transactional", [False, True])
+def test_what_is_to_be_tried_again_does_not_wait_for_the_end_of_a_backlog(
+    transactional: bool,
+) -> None:
+    heard = Recorder()
+    # Of a batch, the one that fails is handled once more, alone, before it has failed.
+    bad = [3, 1050] * (2 if transactional else 1)
+
+    def work(event: Event) -> None:
+        if event.data in bad:
+            bad.remove(event.data)
+            raise ValueError
+        heard(event)
+
+    consume(work, transactional=transactional, retries=1)
+    register()
+    publish_many(LEDGER, range(1100))
+    with running_listener():
+        _until_handled(1100)
+    assert list(dict.fromkeys(heard.data)) == list(range(1100))
+    assert transactional or len(heard.data) == 1100
+    assert letters() == []
+
+
+def test_more_letters_than_are_read_at_once_are_tried_again_in_one_turn(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    settings.PGNOTIFY_SWEEP_INTERVAL = 1000.0
+    looks, look = Recorder(), ConsumerState.control
+
+    def note(self: ConsumerState) -> Any:
+        looks(self)  # type: ignore[arg-type]
+        return look(self)
+
+    monkeypatch.setattr("django_pgnotify.durable.letters.LETTERS_AT_ONCE", 3)
+    heard = Recorder()
+    publish_many(LEDGER, range(20), key="k")
+    with _running_worker(Receiver("ledger", heard, (LEDGER,), start="beginning")) as one:
+        heard.wait_for(20)
+        _until_handled(20)
+        monkeypatch.setattr(worker, "SLICE", DEADLINE)
+        monkeypatch.setattr(ConsumerState, "control", note)
+        consumers.replay("ledger", events=LoggedEvent.objects.values_list("id", flat=True))
+        one.wake(asked=True)
+        heard.wait_for(40)
+        until(lambda: letters() == [])
+    assert heard.data == [*range(20), *range(20)]
+    assert len(looks.events) <= 3  # before, behind, and of the next turn
+
+
+@pytest.mark.usefixtures("_short_turns")
+def test_what_an_operator_wants_does_not_wait_for_the_end_of_a_backlog() -> None:
+    heard = Recorder()
+
+    def work(event: Event) -> None:
+        heard(event)
+        if event.data == 3:
+            [first] = LoggedEvent.objects.order_by("id")[:1]
+            consumers.replay("ledger", events=[first.pk])
+            one.wake(asked=True)
+
+    publish_many(LEDGER, range(10))
+    with _running_worker(Receiver("ledger", work, (LEDGER,), start="beginning")) as one:
+        heard.wait_for(11)
+    assert heard.data == [0, 1, 2, 3, 0, 4, 5, 6, 7, 8, 9]
+
+
+def test_an_operators_wake_up_is_told_from_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    consume(Recorder())
+    with running_listener() as listener:
+        assert listener.service is not None
+        running = listener.service.durable._consumers
+        until(lambda: running.held == ["ledger"])
+        [one] = running._running()
+        asked: list[bool] = []
+        monkeypatch.setattr(one, "wake", lambda **options: asked.append(options["asked"]))
+        running.wake(frozenset(["ledger"]))
+        consumers.pause("ledger")
+        until(lambda: len(asked) == 2)
+    assert asked == [False, True]
+
+
+class Awake(threading.Event):
+    """Of a worker: notes how long it would wait at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.pauses.append(timeout)
+        return super().wait(timeout)
+
+
+@pytest.mark.usefixtures("_short_turns")
+def test_a_paused_consumer_with_letters_that_are_due_does_not_look_all_the_time() -> None:
+    picky = Picky([1])
+    receiver = Receiver("ledger", picky, (LEDGER,), start="beginning", retries=1_000_000)
+    publish(LEDGER, 1)
+    with _running_worker(receiver) as one:
+        picky.attempts.wait_for(2)
+        consumers.pause("ledger")
+        one._awake = awake = Awake()
+        one.wake()
+        until(lambda: conf.SWEEP_INTERVAL in awake.pauses)
+        tries = len(picky.attempts.events)
+        one.wake()
+        until(lambda: awake.pauses.count(conf.SWEEP_INTERVAL) > 1)
+        assert len(picky.attempts.events) == tries
+
+
+# -- gaps ---------------------------------------------------------------------------------------
+
+
+def _note_gap() -> None:
+    Consumer.objects.update(gap_cause="of the test", gap_until=timezone.now())
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_receiver_that_fails_on_a_gap_is_told_again_until_it_has_taken_it_in() -> None:
+    heard = Recorder()
+
+    def work(event: Event) -> None:
+        heard(event)
+        if event.action == "gap" and len(heard.events) < 4:
+            raise ValueError
+
+    consume(work, on_gap=True, retries=1_000_000)
+    register()
+    _note_gap()
+    with running_listener(), failures() as told:
+        heard.wait_for(4)
+        publish(LEDGER, 1)
+        heard.wait_for(5)
+        until(lambda: stored().gap_cause == "")
+    assert [event.action for event in heard.events] == ["gap"] * 4 + ["published"]
+    assert [(one["attempt"], one["will_retry"]) for one in told] == [(n, True) for n in (1, 2, 3)]
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_receiver_that_fails_on_a_gap_for_as_often_as_it_has_retries_has_been_told() -> None:
+    heard = Recorder()
+
+    def work(event: Event) -> None:
+        heard(event)
+        if event.action == "gap":
+            raise ValueError
+
+    consume(work, source=[LEDGER, Topic("second", "durable")], on_gap=True, retries=1)
+    register()
+    _note_gap()
+    with running_listener(), failures() as told:
+        until(lambda: stored().gap_cause == "")
+    assert [event.topic for event in heard.events] == ["ledger", "second"] * 2
+    assert [(one["attempt"], one["will_retry"]) for one in told] == [
+        *((1, True), (1, True)),
+        *((2, False), (2, False)),
+    ]
+
+
 # -- the database goes away -----------------------------------------------------------------------
 
 
-def test_an_event_whose_connection_was_ended_is_handled_again_and_not_given_up() -> None:
+@pytest.mark.parametrize("own", [nullcontext, transaction.atomic], ids=["autocommit", "atomic"])
+def test_an_event_whose_connection_was_ended_is_handled_again_and_not_given_up(own: Any) -> None:
     heard, killed = Recorder(), Recorder()
 
     def work(event: Event) -> None:
         if event.data == "broken" and not killed.events:
             killed(event)
-            [(pid,)] = query("SELECT pg_backend_pid()")
-            with other_session() as other:
-                other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
-            query("SELECT 1")
+            with own():
+                [(pid,)] = query("SELECT pg_backend_pid()")
+                _end([pid])
+                query("SELECT 1")
         heard(event)
 
     consume(work)
@@ -243,6 +425,80 @@ def test_an_event_whose_connection_was_ended_is_handled_again_and_not_given_up()
         heard.wait_until(lambda events: any(event.data == "last" for event in events))
     assert letters() == []
     assert [data for data in heard.data if data != "first"] == ["broken", "last"]
+
+
+def _end(pids: Iterable[int]) -> None:
+    with other_session() as other:
+        for pid in pids:
+            other.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+
+
+def _until_handled(count: int) -> None:
+    until(lambda: stored().handled == count)
+
+
+def _backend(event: Event) -> int:
+    """The backend that a receiver uses; of the second database, where the event says so."""
+    with connections[event.data].cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return int(cursor.fetchone()[0])
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize(
+    ("kind", "alias", "options"),
+    [
+        ("sync", "default", {"concurrency": 2}),
+        ("sync", "other", {}),
+        ("sync", "other", {"transactional": True}),
+        ("async", "default", {}),
+        ("async", "default", {"concurrency": 4}),
+    ],
+)
+def test_connections_of_receivers_that_were_ended_are_replaced_and_no_event_is_to_blame(
+    kind: str, alias: str, options: dict[str, Any]
+) -> None:
+    heard, backends = Recorder(), set()
+
+    def work(event: Event) -> None:
+        backends.add(_backend(event))
+        heard(event)
+
+    async def awork(event: Event) -> None:
+        await sync_to_async(work)(event)
+
+    consume(work if kind == "sync" else awork, **options)
+    with running_listener(), failures() as told:
+        for count in (20, 40, 60):
+            publish_many(LEDGER, [alias] * 20)
+            _until_handled(count)
+            _end(backends)
+            backends.clear()
+    assert told == []
+    assert letters() == []
+    assert len({event.id for event in heard.events}) == 60
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_a_receiver_that_keeps_database_errors_to_itself_gets_a_new_connection() -> None:
+    backends: list[int | None] = []
+
+    def work(event: Event) -> None:
+        try:
+            backends.append(_backend(event))
+        except DatabaseError:
+            backends.append(None)
+
+    consume(work)
+    with running_listener():
+        for handled in range(1, 4):
+            publish(LEDGER, "other")
+            _until_handled(handled)
+            if handled == 1:
+                _end(filter(None, backends))
+    first, second, third = backends
+    assert second is None
+    assert third not in (None, first)
 
 
 # -- transactional --------------------------------------------------------------------------------
@@ -303,6 +559,33 @@ def test_a_transactional_consumer_tries_again_and_keeps_the_order_of_the_key() -
     order = list(Tag.objects.order_by("id").values_list("name", flat=True))
     assert [name for name in order if name[0] == "a"] == ["a 1", "a 2", "a 3"]
     assert letters() == []
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize("transactional", [False, True])
+def test_an_event_that_waited_behind_another_is_not_for_a_receiver_that_excludes_it(
+    settings: Any, transactional: bool
+) -> None:
+    settings.PGNOTIFY_DELIVERY = "durable"
+    calls, bad = Recorder(), {"created"}
+
+    def work(event: Event) -> None:
+        calls(event)
+        if event.action in bad:
+            raise ValueError
+
+    actions = ["created"]
+    consume(work, source=Order, actions=actions, transactional=transactional, retries=1_000_000)
+    with running_listener():
+        order = Order.objects.create()
+        until(lambda: len(letters()) == 1)
+        order.save()
+        until(lambda: len(letters()) == 2)  # the change of the same row, behind the failure
+        bad.clear()
+        until(lambda: letters() == [])
+        assert consumers.replay("ledger", events=LoggedEvent.objects.values_list("id", flat=True))
+        until(lambda: letters() == [])
+    assert {event.action for event in calls.events} == {"created"}
 
 
 def test_a_swallowed_database_error_in_a_transaction_is_a_failure_of_that_event_alone() -> None:
@@ -449,6 +732,44 @@ def test_work_done_by_a_transactional_consumer_that_was_replaced_meanwhile_is_un
             gate.open()
             until(lambda: stored().handled == 1)
     assert Tag.objects.count() == 1
+
+
+@contextmanager
+def _running_worker(receiver: Receiver) -> Iterator[worker.Worker]:
+    """A consumer's worker, without anybody who holds the lock for it."""
+    loop = asyncio.new_event_loop()
+    streams = [Subscription(LEDGER.name)]
+    one = worker.Worker(receiver, streams, using="default", loop=loop, stats=Stats())
+    one.start()
+    try:
+        yield one
+    finally:
+        one.stop()
+        one.join()
+        loop.close()
+
+
+def test_who_was_replaced_without_noticing_ends_and_does_not_take_the_consumer_back() -> None:
+    with _running_worker(Receiver("ledger", Recorder(), (LEDGER,))) as one:
+        until(lambda: Consumer.objects.exclude(holder="").exists())
+        ConsumerState("ledger", "default").claim("somebody else:1")
+        one.wake()
+        until(lambda: not one.alive)
+    assert stored().holder == "somebody else:1"
+    assert stored().claim == 2
+
+
+def test_who_was_set_anew_by_an_operator_goes_on_from_there() -> None:
+    heard = Recorder()
+    with _running_worker(Receiver("ledger", heard, (LEDGER,))) as one:
+        until(lambda: Consumer.objects.exclude(holder="").exists())
+        publish_many(LEDGER, [1, 2])
+        one.wake()
+        heard.wait_for(2)
+        consumers.reset("ledger", "beginning")
+        one.wake()
+        heard.wait_for(4)
+        assert one.alive
 
 
 # -- trouble ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from django.contrib.messages import get_messages
 from django.core.management import CommandError, call_command
 from django.db import ProgrammingError, connection, transaction
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
@@ -247,6 +248,31 @@ def test_consumers_are_listed_with_their_lag_by_the_command_and_by_the_status(
     with pytest.raises(SystemExit):
         call_command("pgnotify_status", "--timeout", "0", stdout=out)
     assert "EVENTS BEHIND" in out.getvalue()
+
+
+def test_a_consumer_whose_process_was_killed_is_not_shown_as_run(
+    admin: Client, recorder: Recorder
+) -> None:
+    for number in range(3):
+        consume(Recorder(), f"consumer {number}")
+    with running_listener() as listener:
+        assert listener.service is not None
+        until(lambda: Consumer.objects.exclude(holder="").count() == 4)
+        with CaptureQueriesContext(connection) as queries:
+            states = {one.name: consumers.state_of(one) for one, _ in consumers.consumers()}
+        assert set(states.values()) == {"runs"}
+        assert sum("pg_locks" in one["sql"] for one in queries) == 1
+        with CaptureQueriesContext(connection) as queries:
+            assert page(admin, "consumer").count('<td class="field-state">runs</td>') == 4
+        assert sum("pg_locks" in one["sql"] for one in queries) == 1
+        assert consumers.state_of(stored()) == "runs"
+    # What it leaves behind that has no time to say that it ends.
+    Consumer.objects.update(holder="gone:1")
+    assert {one["state"] for one in json.loads(command("pgnotify_consumers", "--json"))} == {
+        "not run"
+    }
+    assert '<td class="field-state">not run</td>' in page(admin, "consumer")
+    assert consumers.state_of(stored()) == "not run"
 
 
 def test_a_consumer_of_the_code_that_has_no_row_yet_is_listed_with_what_makes_it() -> None:
@@ -880,6 +906,51 @@ def test_dead_letters_are_requeued_and_discarded_in_the_admin(admin: Client) -> 
         act(admin, "deadletter", "discard", second.pk)
         until(lambda: letters() == [])
     assert picky.data == [1]
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_the_admin_shows_and_changes_what_is_on_the_database_of_the_bus(
+    admin: Client, settings: Any
+) -> None:
+    settings.PGNOTIFY_DATABASE = "other"
+    consume(Picky([1, 2]))
+    consume(Picky([2]), "second")
+    with running_listener():
+        publish_many(LEDGER, [1, 2])
+        until(lambda: consumers.dead_letters().count() == 3)
+        one = consumers.consumer("second")
+        assert "2 logged events" in page(admin, "loggedevent")
+        assert '<a href="?topic=ledger">' in page(admin, "loggedevent")
+        assert '<td class="field-dead_letters">1</td>' in page(admin, "consumer")
+        assert "3 dead letters" in page(admin, "deadletter")
+        chosen = {"consumer__id__exact": str(one.pk)}
+        assert re.search(r"\b1 dead letter\s", page(admin, "deadletter", **chosen))
+        assert f'<a href="?consumer__id__exact={one.pk}">' in page(admin, "deadletter")
+        [letter] = one.dead_letters.all()
+        address = reverse("admin:django_pgnotify_deadletter_change", args=[letter.pk])
+        assert b"cannot take 2" in admin.get(address).content
+        act(admin, "deadletter", "discard", letter.pk)
+        assert consumers.dead_letters().count() == 2
+        act(admin, "consumer", "pause", one.pk)
+        assert consumers.consumer("second").paused
+
+
+def test_to_save_a_consumer_in_the_admin_does_not_put_its_cursor_back(
+    admin: Client, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    address = reverse("admin:django_pgnotify_consumer_change", args=[stored().pk])
+    load = Consumer.from_db
+
+    def moved_meanwhile(*args: Any) -> Consumer:
+        row = load(*args)
+        query("UPDATE pgnotify_consumer SET handled = 4711 RETURNING 1")
+        return row
+
+    monkeypatch.setattr(Consumer, "from_db", moved_meanwhile)
+    assert admin.post(address, {"_save": "Save"}).status_code == 302
+    monkeypatch.undo()
+    assert stored().handled == 4711
 
 
 def test_nobody_without_permission_changes_anything(admin: Client, recorder: Recorder) -> None:

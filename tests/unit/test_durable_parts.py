@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 
+import django.db
+import psycopg
 import pytest
 
 from django_pgnotify import Event, Topic, forward, invalidates, receiver
@@ -14,6 +16,7 @@ from django_pgnotify.dispatching.service import routes_of
 from django_pgnotify.durable.calls import by_key
 from django_pgnotify.durable.cursor import BEGINNING, Cursor, Logged, Page, Snapshot
 from django_pgnotify.durable.epoch import Epoch
+from django_pgnotify.durable.losses import is_loss
 from django_pgnotify.durable.shares import PATIENCE, decide
 from django_pgnotify.exceptions import InvalidArgument, InvalidReceiver
 from django_pgnotify.publishing.model_signals import notify_changes
@@ -230,3 +233,34 @@ def test_a_worker_does_not_stumble_over_a_loop_that_is_closed_meanwhile() -> Non
     loop.looked_too_soon = True
     side._handled([Event("1", "ledger", "published", None, None, None, None, "a:1", django_now())])
     loop.looked_too_soon = False
+
+
+# -- lost connections -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exc", "lost"),
+    [
+        (psycopg.OperationalError("the connection is closed"), True),
+        (psycopg.errors.AdminShutdown("terminating connection"), True),
+        (psycopg.errors.ConnectionFailure("08006"), True),
+        (psycopg.errors.DeadlockDetected("deadlock"), False),
+        (psycopg.errors.QueryCanceled("statement timeout"), False),
+        (psycopg.errors.UniqueViolation("duplicate key"), False),
+        (ValueError("no database in it"), False),
+    ],
+)
+def test_what_comes_from_a_lost_connection_is_told_from_other_failures(
+    exc: Exception, lost: bool
+) -> None:
+    assert is_loss(exc) is lost
+    wrapped = RuntimeError("of the receiver's own")
+    wrapped.__cause__ = django.db.DatabaseError()
+    wrapped.__cause__.__cause__ = exc
+    assert is_loss(wrapped) is lost
+
+
+def test_failures_that_are_tied_into_a_ring_are_looked_through_once() -> None:
+    first, second = ValueError(), ValueError()
+    first.__cause__, second.__cause__ = second, first
+    assert not is_loss(first)
