@@ -114,8 +114,7 @@ class Worker:
 def chosen(settings: Any, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """The settings that all processes of the test have."""
     with near_caches(settings, tmp_path):
-        names = ("CACHES", "PGNOTIFY_EPOCH_TABLE", "PGNOTIFY_EPOCH_SLOTS")
-        yield {name: getattr(settings, name) for name in names}
+        yield {name: getattr(settings, name) for name in ("CACHES", "PGNOTIFY_EPOCH_TABLE")}
 
 
 @contextmanager
