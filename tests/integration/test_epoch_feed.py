@@ -296,6 +296,7 @@ def no_use_of_it(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(use, "_declared", False)
     monkeypatch.setattr(use, "_looked_at", float("-inf"))
     settings.PGNOTIFY_EPOCH_TABLE = "auto"
+    settings.PGNOTIFY_EPOCH_SLOTS = 4096  # so not the table that other tests make
     settings.CACHES = {"default": settings.CACHES["memory"]}
     assert not use.is_in_use()
 
