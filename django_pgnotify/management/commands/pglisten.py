@@ -155,9 +155,9 @@ class Command(BaseCommand):
                 self._warn(f"{number.name} again, leaving at once")
                 os._exit(128 + number)
             seen.append(number)
+            service.stop()  # first: once it is said, nothing more is begun
             self._say(f"pglisten: {number.name}, finishing what runs")
             systemd.tell("STOPPING=1")
-            service.stop()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)
