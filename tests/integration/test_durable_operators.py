@@ -942,12 +942,12 @@ def test_to_save_a_consumer_in_the_admin_does_not_put_its_cursor_back(
     address = reverse("admin:django_pgnotify_consumer_change", args=[stored().pk])
     load = Consumer.from_db
 
-    def moved_meanwhile(*args: Any) -> Consumer:
-        row = load(*args)
+    def moved_meanwhile(cls: type[Consumer], *args: Any, **kwargs: Any) -> Consumer:
+        row = load(*args, **kwargs)
         query("UPDATE pgnotify_consumer SET handled = 4711 RETURNING 1")
         return row
 
-    monkeypatch.setattr(Consumer, "from_db", moved_meanwhile)
+    monkeypatch.setattr(Consumer, "from_db", classmethod(moved_meanwhile))
     assert admin.post(address, {"_save": "Save"}).status_code == 302
     monkeypatch.undo()
     assert stored().handled == 4711
